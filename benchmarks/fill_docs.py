@@ -39,6 +39,7 @@ FILES = {
        for one in ("reflow", "train", "ratios", "rule", "ablation", "few", "loss", "instaflow", "speed")},
     **{f"language_{one}": "language.json"
        for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
+    **{f"language_{one}": "language_tokens.json" for one in ("tokens", "filled", "tags", "tagged")},
     **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_digits_new", "league_fashion14")
        for one in ("quality", "train", "best", "recall")},
     "score_distillation_causes": "score_distillation.json",

@@ -10,7 +10,10 @@ row. Perplexity is under a GPT-2 of transformers that this script trains on the 
 Conditions are those of held-out sentences, without guidance unless the row names it.  Seconds are of the network's
 calls alone; decoding is given once.  phrase_hit uses a tagger to find what part of speech a sentence is a phrase of:
 real definitions, the row "held-out sentences", are its ceiling.
-`python benchmarks/language.py [--seeds 3] [--parts few diffusion edit control infill] [--minutes M] [--smoke]`
+The parts infill-tokens and tags (lib/language_tokens.py) are written to language_tokens.json. With --short they are
+measured on shorter trainings (SHORT), whose figures compare with one another alone.
+`python benchmarks/language.py [--seeds 3] [--parts few diffusion edit control infill infill-tokens tags]
+[--minutes M] [--smoke] [--short]`
 """
 
 from __future__ import annotations
@@ -26,18 +29,21 @@ from pathlib import Path
 
 import torch
 from lib.language_nets import Unconditional, ancestral, classifier_of_latents, language_model
+from lib.language_tokens import Likelihood, infill_tokens, tags
 from lib.report import environment, keep, kept, table, write
-from tables.language import tables
+from tables.language import TOKEN_TABLES, tables
 
 KEPT = Path("runs/bench/language")
 NUM = 400  # sentences of a row
 LM_STEPS = 2000
-PARTS = ("few", "diffusion", "edit", "control", "infill")
-NAMES = ("vae", "flow", "reflow", "ayf", "edit", "edit-reflow", "infill")
+OF_TOKENS = {"infill-tokens": infill_tokens, "tags": tags}
+PARTS = ("few", "diffusion", "edit", "control", "infill", *OF_TOKENS)
+NAMES = ("vae", "flow", "reflow", "ayf", "edit", "edit-reflow", "infill", "infill-tokens", "tags")
 RECIPE = {name: f"language/wordnet{'' if name == 'flow' else '-' + name}" for name in NAMES}
 RECIPE |= {name: RECIPE["edit"] for name in ("edit-verb", "edit-independent")}
 STYLES = "{kind: styles, source: [part_of_speech=noun], target: [part_of_speech=verb], match: optimal}"
 VERB = ["name=language-wordnet-edit-verb", "data.attributes=[part_of_speech]", f"coupling={STYLES}"]
+SHORT = {"autoencoder_steps": 1300, "flow_steps": 1500, "language_model_steps": 600}
 SMOKE = ["data.limit=1500", "trainer.steps=8"]
 SMOKE_VAE = [*SMOKE, "data.batch_size=8", "student.width=32", "student.depth=1", "student.heads=2"]
 
@@ -49,9 +55,10 @@ class OutOfTime(Exception):
 class Bench:
     """One seed: its runs, made when first asked for, and its figures, kept in seed-<k>.json as they come."""
 
-    def __init__(self, seed: int, smoke: bool, until: float = math.inf):
-        self.until = until
-        self.seed, self.smoke, self.root = seed, smoke, KEPT.with_name("language-smoke") if smoke else KEPT
+    def __init__(self, seed: int, smoke: bool, until: float = math.inf, *, short: bool = False):
+        self.until, self.short = until, short
+        kind = "-smoke" if smoke else "-short" if short else ""
+        self.seed, self.smoke, self.root = seed, smoke, KEPT.with_name(f"language{kind}")
         self.num = 40 if smoke else NUM
         self.kept = self.root / f"seed-{seed}.json"
         self.figures = kept(self.kept)
@@ -59,7 +66,8 @@ class Bench:
 
     def overrides(self, name: str) -> list[str]:
         """What the recipes of this seed differ in from the shipped ones."""
-        vae = SMOKE_VAE if self.smoke else []
+        steps = [f"trainer.steps={SHORT['autoencoder_steps']}"]
+        vae = SMOKE_VAE if self.smoke else steps if self.short else []
         if name == "vae":
             return vae
         own = [
@@ -68,7 +76,7 @@ class Bench:
             "log.grid_images=10",
             "metrics=[]",
             "trainer.accelerator=cpu",
-            *(SMOKE if self.smoke else []),
+            *(SMOKE if self.smoke else [f"trainer.steps={SHORT['flow_steps']}"] if self.short else []),
         ]
         own += [f"data.autoencoder.overrides={json.dumps(vae)}"] if vae else []
         flow = json.dumps(self.overrides("flow")) if name in ("reflow", "ayf") else ""
@@ -335,7 +343,7 @@ def infill(bench: Bench, look: Look) -> None:
     """
     from flowmap.build.data import build_data
     from flowmap.data.dataset import looked_at
-    from flowmap.data.text.dataset import outer_thirds
+    from flowmap.data.text.described import outer_thirds
     from flowmap.metrics.text import Distinct
     from flowmap.metrics.text_conditioned import Infilled
     from flowmap.plan.plan import resolve
@@ -384,30 +392,51 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, help="nothing is begun after these; what is done is kept"
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one seed: does it run?")
+    parser.add_argument("--short", action="store_true", help="shorter trainings, for infill-tokens and tags")
     a = parser.parse_args()
+    if a.short and not set(a.parts) <= set(OF_TOKENS):
+        parser.error(f"--short: is for --parts {' '.join(OF_TOKENS)}")
     until = time.monotonic() + 60 * a.minutes
-    benches = [Bench(seed, a.smoke, until) for seed in range(1 if a.smoke else a.seeds)]
+    benches = [Bench(seed, a.smoke, until, short=a.short) for seed in range(1 if a.smoke else a.seeds)]
     reconstruction = json.loads((benches[0].folder("vae") / "metrics.json").read_text())["student"]["1"]
     print(f"autoencoder, held-out sentences: {reconstruction}", flush=True)
     try:
-        look = Look(benches[0])
-        for bench in benches:
-            for part in a.parts:
-                globals()[part](bench, look)
+        measured(a.parts, benches)
     except OutOfTime:
         print(f"{a.minutes:g} minutes are over: the same command goes on", flush=True)
     payload = {
         "question": __doc__.splitlines()[0],
         "environment": environment(),
-        "settings": {"seeds": list(range(len(benches)))},
-    }
-    payload |= {
+        "settings": {"seeds": list(range(len(benches)))} | (SHORT if a.short else {}),
         "autoencoder": reconstruction,
-        "tables": report(benches),
-        "figures": [bench.figures for bench in benches],
     }
-    if not a.smoke:
-        write("language", payload)
+    made = report(benches)
+    for name, of_tokens in (("language", False), ("language_tokens", True)):
+        parts = [part for part in a.parts if (part in OF_TOKENS) == of_tokens]
+        if parts and not a.smoke:
+            write(name, payload | of(made, benches, of_tokens))
+
+
+def measured(parts: list[str], benches: list[Bench]) -> None:
+    """Measure the parts; what the metrics need is fitted for those that use them."""
+    steps = 10 if benches[0].smoke else SHORT["language_model_steps"] if benches[0].short else LM_STEPS
+    likelihood = Likelihood(benches[0], steps)
+    look = Look(benches[0]) if set(parts) - set(OF_TOKENS) else None
+    for bench in benches:
+        for part in parts:
+            if part in OF_TOKENS:
+                OF_TOKENS[part](bench, likelihood)
+            else:
+                globals()[part](bench, look)
+
+
+def of(made: dict, benches: list[Bench], tokens: bool) -> dict:
+    """The tables and figures of one of the two result files."""
+    ours = lambda part: (part.replace("_", "-") in OF_TOKENS) == tokens
+    return {
+        "tables": {name: one for name, one in made.items() if (name in TOKEN_TABLES) == tokens},
+        "figures": [{part: rows for part, rows in bench.figures.items() if ours(part)} for bench in benches],
+    }
 
 
 if __name__ == "__main__":

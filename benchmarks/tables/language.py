@@ -30,7 +30,14 @@ INFILL = {
     "perplexity": "perplexity of the whole",
     "distinct_2": "distinct-2",
 }  # fmt: skip
-COLUMNS = {"few": FEW, "edit": EDIT, "control": CONTROL, "infill": INFILL}
+LOSSES = {"loss": "loss", "loss_of_another": "loss, conditions of another"}
+TOKENS = INFILL | LOSSES
+TAGS = {
+    "calls": "calls", "tag_hit": "tags", "tags_exactly": "all tags", "tag_chance": "tags of another",
+    "perplexity": "perplexity", "distinct_2": "distinct-2",
+} | LOSSES  # fmt: skip
+COLUMNS = {"few": FEW, "edit": EDIT, "control": CONTROL, "infill": INFILL, "tokens": TOKENS, "tags": TAGS}
+TOKEN_TABLES = ("tokens", "filled", "tags", "tagged")  # in a file of their own
 SHOWN = (
     "flow 20",
     "ayf 4",
@@ -47,6 +54,7 @@ def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
     The diffusion is among the few-step rows.
     """
     parts = {"few": ("few", "diffusion"), "edit": ("edit",), "control": ("control",), "infill": ("infill",)}
+    parts |= {"tokens": ("infill_tokens",), "tags": ("tags",)}
     made = {}
     for name, of in parts.items():
         rows = [{key: row for one in of for key, row in seed.get(one, {}).items()} for seed in seeds]
@@ -54,6 +62,10 @@ def tables(seeds: Sequence[Rows]) -> dict[str, dict]:
     made["samples"] = side_by_side({**seeds[0].get("few", {}), **seeds[0].get("diffusion", {})}, SHOWN)
     made["edited"] = edited(seeds[0].get("edit", {}))
     made["infilled"] = side_by_side(seeds[0].get("infill", {}), ("what stood there", "flow 4", "flow 20"))
+    filled = ("what stood there", "vectors 4", "tokens 4", "tokens 20")
+    made["filled"] = side_by_side(seeds[0].get("infill_tokens", {}), filled)
+    tagged = ("held-out sentences", "tags 4", "tags 20", "no condition 20")
+    made["tagged"] = side_by_side(seeds[0].get("tags", {}), tagged)
     return {name: one for name, one in made.items() if one["rows"]}
 
 

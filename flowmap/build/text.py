@@ -60,4 +60,4 @@ def text_latents(run: ResolvedRun, data: SentencesOutline, autoencoder: TextCode
     edits = (", ".join(styles.source), ", ".join(styles.target)) if styles is not None else ()
     if not recipe.data.conditional or recipe.artifact not in ("student", "text_joint"):
         return TextLatents(autoencoder, edits=edits)
-    return TextLatents(autoencoder, data.attributes, data.contexts, edits)
+    return TextLatents(autoencoder, data.attributes, data.contexts, edits, data.token_conditions)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flowmap.data.text.dataset import Attribute, TextDataset
+from flowmap.data.text.token_rows import TokenCondition
 from flowmap.data.text.tokens import TokensOutline
 
 
@@ -18,6 +19,7 @@ class SentencesOutline:
 
     attributes: tuple[Attribute, ...] = ()
     contexts: tuple[str, ...] = ()
+    token_conditions: tuple[TokenCondition, ...] = ()
     tokens: TokensOutline | None = None
 
 
@@ -43,5 +45,5 @@ def outline_of(data: Any) -> DataOutline:
     if isinstance(data, TextDataset):
         contexts = tuple(key for key, rows in data.codes.items() if rows.is_floating_point())
         tokens = None if data.tokens is None else data.tokens.outline
-        sentences = SentencesOutline(data.attributes, contexts, tokens)
+        sentences = SentencesOutline(data.attributes, contexts, data.token_conditions, tokens)
     return DataOutline(tuple(data.shape), data.num_classes, data.class_names, conditions, sentences)

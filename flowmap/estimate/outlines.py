@@ -18,6 +18,9 @@ from flowmap.data.dataset import BaseData, Source
 from flowmap.data.outline import DataOutline, SentencesOutline, outline_of
 from flowmap.data.shards import INDEX
 from flowmap.data.text.dataset import Attribute
+from flowmap.data.text.described import SIDES
+from flowmap.data.text.latents import WithTokenizer
+from flowmap.data.text.token_rows import TAGS, TokenCondition
 from flowmap.data.text.tokens import BPE
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import weights_folder
@@ -32,7 +35,7 @@ PLACE = re.compile(r"\b(root|path|source|shards|recipe|sentences|files|name|enco
 # Settings of the data that change no sample.
 OF_TRAINING = (*(field.name for field in fields(Source)), "drop_attribute")
 
-CONTEXTS = ("left", "right")  # the conditions of infilling
+NUM_TAGS = 48  # about as many as the Penn treebank has
 
 Known = tuple[DataOutline | None, list[str]]
 
@@ -94,10 +97,13 @@ class Outlines:
             except ValueError as error:
                 missing.append(str(error))
                 tokens = tokenizer.assumed_outline()
-        contexts = {name: torch.zeros(1, *shape) for name in CONTEXTS if spec.infill}
+        in_latents = spec.infill and spec.sides == "latents"
+        contexts = {name: torch.zeros(1, *shape) for name in SIDES if in_latents}
         numbers = {name: torch.zeros(1, dtype=torch.int64) for name in spec.attributes}
-        sentences = SentencesOutline(attributes, tuple(contexts), tokens)
-        return DataOutline(shape, conditions={**contexts, **numbers}, sentences=sentences), missing
+        rows = _token_conditions(run, spec)
+        tokens_given = {one.name: torch.zeros(1, one.length, dtype=torch.int64) for one in rows}
+        sentences = SentencesOutline(attributes, tuple(contexts), rows, tokens)
+        return DataOutline(shape, conditions={**contexts, **tokens_given, **numbers}, sentences=sentences), missing
 
     def _once(self, settings: BaseData, read: Any) -> Any:
         """Return what `read` returns, or raise what it raised, for these settings of data.
@@ -114,6 +120,28 @@ class Outlines:
         if isinstance(found := self._read[key], ValueError):
             raise found
         return found
+
+
+def _token_conditions(run: ResolvedRun, spec: Text) -> tuple[TokenCondition, ...]:
+    """Return the conditions of sentences that are tokens, with the number of tags assumed."""
+    found = list[TokenCondition]()
+    if spec.infill and spec.sides == "tokens":
+        found += [TokenCondition(side, _vocab(run, spec), spec.side_tokens) for side in SIDES]
+    if spec.tags:
+        found.append(TokenCondition(TAGS, NUM_TAGS, spec.max_tags, tuple(map(str, range(NUM_TAGS)))))
+    return tuple(found)
+
+
+def _vocab(run: ResolvedRun, spec: Text) -> int:
+    """Return the number of tokens of the text autoencoder's tokenizer: that of its settings if a recipe trains it."""
+    trained = [one.recipe.data for one in run.autoencoders]
+    try:
+        if trained and isinstance(trained[0], Text):
+            return max(1, (trained[0].tokenizer or BPE()).outline().vocab)
+        assert isinstance(spec.autoencoder, WithTokenizer)
+        return spec.autoencoder.load_tokens().vocab
+    except ValueError:  # which the outline has named
+        return BPE().vocab
 
 
 def _lacks(run: ResolvedRun, error: RecipeError) -> list[str]:

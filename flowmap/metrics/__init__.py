@@ -15,7 +15,7 @@ from flowmap.metrics.sample_specs import Samples
 from flowmap.metrics.spec import Drawn, DrawnBatch, Spec
 from flowmap.metrics.specs import METRICS, MMD, Frechet, NearestNeighbour, PrecisionRecall
 from flowmap.metrics.text import Distinct, Memorised, Perplexity, SelfBLEU, TextDivergence
-from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit
+from flowmap.metrics.text_conditioned import ContentKept, Control, Infilled, Phrase, StyleHit, TagHit
 
 torchvision_shim.install()  # libraries that this room imports import torchvision
 
@@ -26,6 +26,7 @@ METRICS |= {
     "memorised": Memorised,
     "control": Control,
     "phrase": Phrase,
+    "tag_hit": TagHit,
     "content_kept": ContentKept,
     "style_hit": StyleHit,
     "infilled": Infilled,

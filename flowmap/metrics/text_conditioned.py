@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from flowmap.base.tagger import tagged
 from flowmap.metrics.spec import Classes, WithSources
 from flowmap.metrics.text import TextMetric, classifier, library
 from flowmap.metrics.text_features import check_features, features_of
-from flowmap.metrics.text_tags import KINDS, kind_of_phrase, tagged
+from flowmap.metrics.text_tags import KINDS, kind_of_phrase
 
 Cond = Mapping[str, Tensor]
+TAGS = "tags"  # the condition
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,61 @@ class Phrase(TextMetric):
             "phrase_hit_even": sum(hits[kind] / count for kind, count in wanted.items()) / len(wanted),
             "phrase_chance": sum(count * found[kind] for kind, count in wanted.items()) / len(pairs) ** 2,
         }
+
+
+@dataclass(frozen=True)
+class TagHit(TextMetric):
+    """Whether sentences have the part-of-speech tags that were asked for (data.tags), by base/tagger.py.
+
+    tag_hit: the share of asked tags that the word, or mark, at the same place has; tags_exactly: the share of sentences
+    with exactly those tags; tag_chance: the tag_hit of each sentence with the tags asked of the next one. The baseline,
+    real sentences, is 1 where the tags of the data are the tagger's own.
+    """
+
+    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
+        self.build(data)
+
+    def check(self) -> None:
+        tagged("a word")
+
+    def build(self, data: Any) -> Any:
+        values = next((one.values for one in data.token_conditions if one.name == TAGS), None)
+        if values is None:
+            raise ValueError("metrics: tag_hit compares tags with those asked for: data.tags")
+        return values
+
+    def report(self, metric, texts, cond, sources=None) -> dict[str, float]:
+        rows = cond[TAGS][: len(texts)].tolist() if TAGS in cond else []
+        pairs = [(_names(metric, row), row, text) for row, text in zip(rows, texts, strict=False) if max(row) >= 0]
+        if not pairs:
+            return {}
+        asked = [tags for tags, _, _ in pairs]
+        found = [[tag for _, tag in tagged(text)][: len(row)] for _, row, text in pairs]
+        exactly = [len(a) == len(b) and _hits(a, b) == _known(a) for a, b in zip(asked, found, strict=True)]
+        total = sum(map(_known, asked))
+        return {
+            "tag_hit": sum(map(_hits, asked, found)) / total,
+            "tags_exactly": sum(exactly) / len(exactly),
+            "tag_chance": sum(map(_hits, [*asked[1:], asked[0]], found)) / total,
+        }
+
+    def baseline(self, metric: Any, data: Any, classes: Classes | None = None) -> dict[str, float]:
+        return {} if data.middles is not None else super().baseline(metric, data, classes)
+
+
+def _names(values: Sequence[str], row: Sequence[int]) -> list[str | None]:
+    """The tags of a row, without the padding at its end; None for one that training has not seen."""
+    last = max(place for place, number in enumerate(row) if number >= 0) + 1
+    return [values[number] if number >= 0 else None for number in row[:last]]
+
+
+def _known(asked: Sequence[str | None]) -> int:
+    return sum(tag is not None for tag in asked)
+
+
+def _hits(asked: Sequence[str | None], found: Sequence[str]) -> int:
+    return sum(a == b for a, b in zip(asked, found, strict=False))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kind of phrase that a sentence is, by TextBlob's part-of-speech tagger: Brill's rules and a lexicon.
+"""The kind of phrase that a sentence is, by TextBlob's part-of-speech tagger (base/tagger.py).
 
 The rules here read the tags of the Penn treebank. They are for definitions: a noun's is a noun phrase, a verb's begins
 with a bare verb, an adjective's with an adjective, a participle or "of", an adverb's with another preposition. Their
@@ -15,17 +15,6 @@ MODIFIERS = ("JJ", "JJR", "JJS", "VBN", "VBD", "RB", "CC", ",")
 BREAKS = ("CC", ",", ":", ".")
 
 Tagged = Sequence[tuple[str, str]]
-
-
-def tagged(text: str) -> list[tuple[str, str]]:
-    """(word, tag) of every word and punctuation mark of a text. Raises ValueError without the package textblob."""
-    try:
-        from textblob.en import tag
-    except ImportError as error:
-        raise ValueError(
-            f"metrics: textblob cannot be imported ({error}): pip install 'flowmap-distillation[text]'"
-        ) from error
-    return tag(text, tokenize=True)
 
 
 def kind_of_phrase(words: Tagged) -> str | None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from flowmap.base.ranges import Cycles, Depth, Heads, Range, Ratio, Width, check_ranges
 from flowmap.base.schema import added
 from flowmap.flow.policy import mean_velocity
-from flowmap.nets.embed import Conditioning, ExtraCondition
+from flowmap.nets.embed import Conditioning, ExtraCondition, TokenEmbeddings, split_by_kind
 from flowmap.nets.policy import Points, repeated
 from flowmap.nets.prediction import as_velocity, check_prediction
 
@@ -57,6 +57,7 @@ class DiT:
     prediction: str = added("velocity")
     points: Points = added(1)
     takes_extra_conditions: ClassVar[bool] = True
+    attends_to_tokens: ClassVar[bool] = True
 
     def __post_init__(self):
         check_ranges(self)
@@ -90,7 +91,10 @@ class DiT:
 
 
 class DiTNet(nn.Module):
-    """F(x, t, s, cond) for x (B, C, H, W)."""
+    """F(x, t, s, cond) for x (B, C, H, W).
+
+    Conditions of kind "tokens" go before the patches, through the same blocks; padding is masked in attention.
+    """
 
     def __init__(
         self,
@@ -110,7 +114,9 @@ class DiTNet(nn.Module):
         self.enter = nn.Linear(size, width)
         self.position = nn.Parameter(sine_positions(*self.grid, width))
         options: dict[str, Any] = dict(num_classes=num_classes, arrival=arrival, guidance=guidance)
-        self.conditioning = Conditioning(width, cycles=spec.cycles, extra_conditions=extra_conditions, **options)
+        summed, tokens = split_by_kind(extra_conditions)
+        self.conditioning = Conditioning(width, cycles=spec.cycles, extra_conditions=summed, **options)
+        self.tokens = TokenEmbeddings(tokens, width) if tokens else None
         self.blocks = nn.ModuleList(Block(width, heads, spec.mlp_ratio) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, self.points * size)
@@ -138,15 +144,25 @@ class DiTNet(nn.Module):
         first = 0 if self.arrival_blocks is None else max(0, len(self.blocks) - self.arrival_blocks)
         if first:
             early = F.silu(self.conditioning(t, s, cond, with_arrival=False)).to(x.dtype)
-        h = self.enter(self._patches(x)) + self.position
+        h, mask = self._with_tokens(self.enter(self._patches(x)) + self.position, cond)
         for index, block in enumerate(self.blocks):
             seen = early if index < first else c
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, seen, use_reentrant=False)
+                h = checkpoint(block, h, seen, mask, use_reentrant=False)
             else:
-                h = block(h, seen)
+                h = block(h, seen, mask)
+        h = h if mask is None else h[:, -self.position.shape[1] :]
         shift, scale = self.modulation(c).unsqueeze(1).chunk(2, -1)
         return self._image(self.leave(torch.addcmul(shift, _norm(h), 1 + scale)))
+
+    def _with_tokens(self, h: Tensor, cond) -> tuple[Tensor, Tensor | None]:
+        """The patches h (B, N, width) after the conditions' tokens, and attention's mask (B, 1, 1, L + N), if any."""
+        found = None if self.tokens is None else self.tokens(cond, len(h))
+        if found is None:
+            return h, None
+        tokens, real = found
+        patches = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        return torch.cat([tokens.to(h.dtype), h], 1), torch.cat([real, patches], 1)[:, None, None]
 
     def without_blocks(self, skip: tuple[int, ...]) -> DiTNet:
         """The same network without some blocks, with shared weights: a weak model for autoguidance."""
@@ -169,7 +185,10 @@ class DiTNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each scaled, shifted and gated by the conditioning; initially the identity."""
+    """Attention and SwiGLU, each scaled, shifted and gated by the conditioning; initially the identity.
+
+    mask: which tokens are attended to, (B, 1, 1, N) bool; None for all.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -181,17 +200,17 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+    def forward(self, h: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).unsqueeze(1).chunk(6, -1)
-        h = torch.addcmul(h, gate_a, self._attend(torch.addcmul(shift_a, _norm(h), 1 + scale_a)))
+        h = torch.addcmul(h, gate_a, self._attend(torch.addcmul(shift_a, _norm(h), 1 + scale_a), mask))
         value, gate = self.up(torch.addcmul(shift_m, _norm(h), 1 + scale_m)).chunk(2, -1)
         return torch.addcmul(h, gate_m, self.down(value * F.silu(gate)))
 
-    def _attend(self, h: Tensor) -> Tensor:
+    def _attend(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, tokens, width = h.shape
         qkv = self.qkv(h).reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(_norm(q).to(v.dtype), _norm(k).to(v.dtype), v)
+        h = F.scaled_dot_product_attention(_norm(q).to(v.dtype), _norm(k).to(v.dtype), v, attn_mask=mask)
         return self.merge(h.transpose(1, 2).reshape(batch, tokens, width))
 
 

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from flowmap.base.precision import without_autocast
 from flowmap.flow.types import Cond
 
+TOKENS = "tokens"  # the kind of conditions that a network attends to
+TOKEN_STD = 0.3  # initial std of their embeddings
+
 
 @dataclass(frozen=True)
 class ExtraCondition:
@@ -25,18 +28,24 @@ class ExtraCondition:
 
     kind "number": an integer below `size`, -1 or absent for none. kind "context": `size` numbers in any shape, zeros or
     absent for none. kind "code": the code of a learned prior, `size` numbers, never absent. kind "interval": two times
-    in [0, 1], absent for (0, 1); it has no effect until it is trained.
+    in [0, 1], absent for (0, 1); it has no effect until it is trained. kind "tokens": `length` integers below `size`,
+    -1 for padding, all -1 or absent for none; a network with attention reads them. vocabulary: tokens of the same
+    vocabulary share their embeddings.
     """
 
     name: str
     size: int
     kind: str
+    length: int = 0
+    vocabulary: str = ""
 
     def __post_init__(self):
-        assert self.kind in EXTRA_EMBEDDINGS, self.kind
+        assert self.kind in (*EXTRA_EMBEDDINGS, TOKENS), self.kind
 
     def example(self, rows: int) -> Tensor:
         """Zeros in the shape of the condition with `rows` rows; for an interval, (0, 1)."""
+        if self.kind == TOKENS:
+            return torch.zeros(rows, self.length, dtype=torch.int64)
         if self.kind == "interval":
             return torch.tensor([[0.0, 1.0]]).repeat(rows, 1)
         return torch.zeros(rows, dtype=torch.int64) if self.kind == "number" else torch.zeros(rows, self.size)
@@ -118,6 +127,45 @@ EXTRA_EMBEDDINGS = {
     "code": CodeEmbedding,
     "interval": IntervalEmbedding,
 }
+
+
+class TokenEmbeddings(nn.Module):
+    """Conditions of kind "tokens", for attention: embeddings (B, L, width), and which of them are tokens, (B, L) bool.
+
+    L is the sum of their lengths. An embedding is that of the token plus that of its place, which differs from
+    condition to condition.
+    """
+
+    def __init__(self, conditions: Sequence[ExtraCondition], width: int):
+        super().__init__()
+        self.conditions = tuple(conditions)
+        sizes = {one.vocabulary: one.size for one in conditions}
+        self.tables = nn.ModuleDict({name: nn.Embedding(size, width) for name, size in sizes.items()})
+        self.places = nn.Parameter(torch.empty(sum(one.length for one in conditions), width))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=TOKEN_STD)
+
+    def forward(self, cond: Cond | None, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Both, for `rows` rows; None if cond has none of these conditions."""
+        given = {} if cond is None else cond
+        if all(given.get(one.name) is None for one in self.conditions):
+            return None
+        found, real = [], []
+        for one in self.conditions:
+            tokens = given.get(one.name)
+            if tokens is None:
+                tokens = torch.full((rows, one.length), -1, device=self.places.device)
+            found.append(self.tables[one.vocabulary](tokens.clamp_min(0)))
+            real.append(tokens >= 0)
+        return torch.cat(found, 1) + self.places, torch.cat(real, 1)
+
+
+def split_by_kind(
+    conditions: Sequence[ExtraCondition],
+) -> tuple[tuple[ExtraCondition, ...], tuple[ExtraCondition, ...]]:
+    """(those that are summed, those of kind "tokens")."""
+    tokens = tuple(one for one in conditions if one.kind == TOKENS)
+    return tuple(one for one in conditions if one.kind != TOKENS), tokens
 
 
 class ExtraEmbeddings(nn.ModuleList):

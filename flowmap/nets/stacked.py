@@ -42,6 +42,14 @@ class Conditioned(Protocol):
 
 
 @runtime_checkable
+class Attends(Protocol):
+    """Settings of a network that state whether it attends to conditions of kind "tokens"."""
+
+    @property
+    def attends_to_tokens(self) -> bool: ...
+
+
+@runtime_checkable
 class WithConstants(Protocol):
     """Settings of a network that state whether it has buffers that no weights file contains."""
 
@@ -60,6 +68,11 @@ class Adapted(Protocol):
 def takes_extra_conditions(net: Any) -> bool:
     """Whether the network's `build` takes extra_conditions; False unless its settings state it."""
     return isinstance(net, Conditioned) and net.takes_extra_conditions
+
+
+def attends_to_tokens(net: Any) -> bool:
+    """Whether extra_conditions may be tokens; False unless the network's settings state it."""
+    return isinstance(net, Attends) and net.attends_to_tokens
 
 
 def holds_constants(net: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowmap.base.ranges import CountFromZero, Vocab, check_ranges
 from flowmap.flow.types import Cond
-from flowmap.nets.stacked import NetSpec, takes_extra_conditions
+from flowmap.nets.stacked import NetSpec, attends_to_tokens, takes_extra_conditions
 from flowmap.nets.text_vae import TextVAE
 
 
@@ -51,6 +51,10 @@ class TextJoint:
     @property
     def takes_extra_conditions(self) -> bool:
         return takes_extra_conditions(self.flow)
+
+    @property
+    def attends_to_tokens(self) -> bool:
+        return attends_to_tokens(self.flow)
 
     def build(
         self,

@@ -33,12 +33,14 @@ class BaseStudent(Part):
 
     artifact                  what a run of it writes to student/, as flow/types.py describes it for objectives
     takes_extra_conditions    the network takes conditions other than class and guidance
+    attends_to_tokens         they may be rows of tokens
     holds_constants           the network has constants that no file of weights has, so it must be built with memory
     lora                      the adapters that are trained instead of its weights
     """
 
     artifact: ClassVar[str] = "student"
     takes_extra_conditions: ClassVar[bool] = False
+    attends_to_tokens: ClassVar[bool] = False
     holds_constants: ClassVar[bool] = False
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from flowmap.base.schema import kind_of
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text.dataset import Attribute
+from flowmap.data.text.token_rows import TokenCondition
 from flowmap.flow.types import Sampler
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet
 from flowmap.nets.embed import ExtraCondition
@@ -49,14 +50,15 @@ class TextLatents:
     """Samples that a text autoencoder decodes to sentences; text_autoencoder is None while one run trains it and the
     student.
 
-    attributes, contexts: the conditions that describe a sentence. edits: the styles (source, target) of a student that
-    starts from sentences instead of noise.
+    attributes, contexts, token_conditions: the conditions that describe a sentence. edits: the styles (source, target)
+    of a student that starts from sentences instead of noise.
     """
 
     text_autoencoder: TextCoder | None = None
     attributes: tuple[Attribute, ...] = ()
     contexts: tuple[str, ...] = ()
     edits: tuple[str, ...] = ()
+    token_conditions: tuple[TokenCondition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class StudentConfig:
             raise ValueError("lora: adapters are for a network of kind diffusers with a named base")
         if not student_part(self.net).takes_extra_conditions:
             self._check_no_extra_conditions()
+        self._check_tokens()
         for one in self.tuned:
             self.sampler_at(one.steps)
 
@@ -148,6 +151,14 @@ class StudentConfig:
             what = f"a network of kind {kind} takes no condition {', '.join(self.descriptions)}"
             raise ValueError(f"attributes: {what}; allowed: {kinds}")
 
+    def _check_tokens(self) -> None:
+        if not (given := [one.name for one in self.sentences.token_conditions]):
+            return
+        if not student_part(self.net).attends_to_tokens:
+            kinds = ", ".join(kind for kind, net in TABLES[StudentSpec].items() if student_part(net).attends_to_tokens)
+            what = f"a network of kind {kind_of(self.net, TABLES)} has no attention to the tokens of {', '.join(given)}"
+            raise ValueError(f"student.kind: {what}; allowed: {kinds}")
+
     @property
     def clamp(self) -> bool:
         """Whether samples are pictures in [-1, 1]."""
@@ -180,17 +191,22 @@ class StudentConfig:
 
     @property
     def descriptions(self) -> tuple[str, ...]:
-        """The names of the conditions that describe a sentence: its attributes and contexts."""
-        return (*(one.name for one in self.sentences.attributes), *self.sentences.contexts)
+        """The names of the conditions that describe a sentence: its attributes, contexts and rows of tokens."""
+        attributes = (one.name for one in self.sentences.attributes)
+        return (*attributes, *self.sentences.contexts, *(one.name for one in self.sentences.token_conditions))
 
     @property
     def extra_conditions(self) -> tuple[ExtraCondition, ...]:
         """The conditions of the network other than class and guidance."""
         attributes = (ExtraCondition(one.name, len(one.values), "number") for one in self.sentences.attributes)
         contexts = (ExtraCondition(name, math.prod(self.shape), "context") for name in self.sentences.contexts)
+        tokens = (
+            ExtraCondition(one.name, one.size, "tokens", one.length, one.vocabulary)
+            for one in self.sentences.token_conditions
+        )
         code = [ExtraCondition("z", self.prior.size, "code")] if self.prior is not None and self.conditioning else []
         interval = [] if self.guidance_interval is None else [ExtraCondition("guidance_interval", 2, "interval")]
-        return (*attributes, *contexts, *code, *interval)
+        return (*attributes, *contexts, *tokens, *code, *interval)
 
     def frozen_base(self) -> Base:
         """The base of a LoRA student."""

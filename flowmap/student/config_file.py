@@ -11,6 +11,7 @@ from flowmap.base.files import read_json
 from flowmap.base.schema import RecipeError, added, construct, to_plain
 from flowmap.data import Autoencoder, TextCoder, TextEncoder
 from flowmap.data.text.dataset import Attribute
+from flowmap.data.text.token_rows import TokenCondition
 from flowmap.flow.types import Sampler
 from flowmap.nets.lora import Base, LoRA
 from flowmap.recipe.kinds import TABLES, StudentSpec
@@ -50,6 +51,7 @@ class _Flat:
     step: int = 0
     format: int = FORMAT
     guidance_interval: tuple[float, float] | None = added(None)
+    token_conditions: tuple[TokenCondition, ...] = added(())
 
     def typed(self) -> StudentConfig:
         """The configuration that these settings describe."""
@@ -57,8 +59,9 @@ class _Flat:
         return StudentConfig(**plain, samples=self._samples())
 
     def _samples(self) -> Pixels | ImageLatents | TextLatents:
-        if self.text_autoencoder is not None or self.attributes or self.contexts or self.edits:
-            return TextLatents(self.text_autoencoder, self.attributes, self.contexts, self.edits)
+        given = (self.attributes, self.contexts, self.edits, self.token_conditions)
+        if self.text_autoencoder is not None or any(given):
+            return TextLatents(self.text_autoencoder, *given)
         return Pixels(self.clamp) if self.autoencoder is None else ImageLatents(self.autoencoder)
 
 

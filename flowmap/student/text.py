@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowmap.data.text.sources import one_line
+from flowmap.data.text.token_rows import TokenCondition, asked_tags, side_rows
 from flowmap.flow.draws import Generator
 from flowmap.flow.prior import Start
 from flowmap.flow.solver import Euler
@@ -86,6 +88,39 @@ def described_by(student: Sentences, num: int, cond: Mapping[str, Any]) -> dict[
         rows[attribute.name] = torch.tensor(numbers, device=student.device)
     for name in student.config.sentences.contexts:
         rows[name] = _context(student, num, name, cond.get(name))
+    return rows | _token_rows(student, num, cond)
+
+
+def _token_rows(student: Sentences, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The conditions that are tokens, (num, length) int64 each, from texts or rows; -1 alone where none are given."""
+    known, rows = student.config.sentences.token_conditions, {}
+    sides = [one.name for one in known if not one.values]
+    if missing := [name for name in sides if cond.get(name) is None]:
+        if len(missing) < len(sides):
+            raise ValueError(f'{missing[0]}: is missing; {" and ".join(sides)} go together, "" for an empty one')
+    for one in known:
+        given = cond.get(one.name)
+        if isinstance(given, Tensor):
+            fits = given.dtype == torch.int64 and given.shape == (num, one.length)
+            if not fits or int(given.min()) < -1 or int(given.max()) >= one.size:
+                raise ValueError(f"{one.name}: wants ({num}, {one.length}) whole numbers in -1..{one.size - 1}")
+            rows[one.name] = given.to(student.device)
+        elif given is None:
+            rows[one.name] = torch.full((num, one.length), -1, device=student.device)
+        else:
+            rows[one.name] = _rows_of_texts(student, one, texts_of(given, num, one.name)).to(student.device)
+    return rows
+
+
+def _rows_of_texts(student: Sentences, one: TokenCondition, texts: Sequence[str]) -> Tensor:
+    if one.values:
+        return asked_tags(one, texts)
+    rows, cut = side_rows(student.words.tokens, [one_line(text) for text in texts], one.name, one.length)
+    if bool(cut.any()):
+        kept = f"only the {one.length} tokens next to the gap are read"
+        warnings.warn(
+            f"{one.name}: {int(cut.sum())} of {len(texts)} are longer than that: {kept}", stacklevel=7
+        )  # the caller of Student.sample, which torch wraps
     return rows
 
 

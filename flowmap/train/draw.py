@@ -65,7 +65,7 @@ def draw_sample(
         for key in cond.keys() & nothing.keys():
             cond[key] = torch.where(broadcast_time(dropped, cond[key]), nothing[key], cond[key])
     share = recipe.data.drop_attribute
-    for key in sorted(key for key, value in cond.items() if share and key != "class" and value.dtype == torch.int64):
+    for key in sorted(key for key, value in cond.items() if share and key != "class" and _is_number(value)):
         cond[key] = torch.where(uniforms(n, device, generator) < share, -1, cond[key])
     guidance = recipe.teacher.guidance if recipe.teacher else None
     if guidance is not None:
@@ -80,6 +80,11 @@ def draw_sample(
         place=place,
         still=None if place is None else diagonal_rows(recipe.times, place),
     )
+
+
+def _is_number(value: Tensor) -> bool:
+    """Whether a condition is one number per row; rows of tokens are not."""
+    return value.dtype == torch.int64 and value.ndim == 1
 
 
 def _intervals(n: int, device: torch.device, generator: Generator, low: float, high: float) -> Tensor:

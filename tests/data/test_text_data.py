@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
-from flowmap.data.text.dataset import Attribute, Text, outer_thirds, split
+from flowmap.data.text.dataset import Attribute, Text, split
+from flowmap.data.text.described import outer_thirds
 from flowmap.data.text.sources import HuggingFaceText, Sentence, TextFiles, WordNet
 from flowmap.data.text.tokens import BPE, Pretrained, Tokens, load_tokens
 from tests.support.tiny_text import wordnet_files

@@ -36,7 +36,7 @@ def test_what_each_kind_is_measured_on():
     assert of("of_endpoints") == {"endpoint_error"} and of("normal_noise") == {"inversion"}
     assert {kind for kind, spec in METRICS.items() if not spec().num_starts} == {"inversion", "loss_by_time"}
     texts = {"distinct", "self_bleu", "text_divergence", "memorised", "control", "phrase", "content_kept"}
-    texts |= {"style_hit", "infilled", "perplexity"}
+    texts |= {"style_hit", "infilled", "perplexity", "tag_hit"}
     assert {kind for kind, spec in METRICS.items() if spec().num_texts} == texts
 
 

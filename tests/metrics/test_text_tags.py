@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flowmap.base.tagger import tagged
 from flowmap.data.text.dataset import Attribute
 from flowmap.metrics.text_conditioned import Phrase
-from flowmap.metrics.text_tags import kind_of_phrase, tagged
+from flowmap.metrics.text_tags import kind_of_phrase
 
 ATTRIBUTE = Attribute("part_of_speech", ("adjective", "noun", "verb"))
 

@@ -87,6 +87,11 @@ class TextAutoencoder:
         net.load_state_dict(state)
         return FrozenTextAutoencoder(net, tokens, torch.tensor(config.shift), config.scale)
 
+    def load_tokens(self) -> Tokens:
+        """Its tokenizer alone. Raises ValueError as `load` does."""
+        self._config()
+        return load_tokens(self._folder())
+
     def identity(self) -> dict[str, Any]:
         """Plain values that identify its latents, found without loading it."""
         config = self._config()

@@ -17,14 +17,18 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowmap.base.ranges import BelowOne, Count, Range, Seed
+from flowmap.base.ranges import BelowOne, Count, MaxTokens, Range, Seed
+from flowmap.base.schema import added
 from flowmap.data.dataset import Dataset, Source, looked_at
-from flowmap.data.text.latents import Latent, TextCoder, outer_thirds
+from flowmap.data.text.described import SIDES, Described, LatentSides, Tags, TokenSides, parts_of
+from flowmap.data.text.latents import Latent, TextCoder, WithTokenizer
 from flowmap.data.text.sources import Sentence, TextSource, WordNet
+from flowmap.data.text.token_rows import TAGGER, TAGS, TokenCondition
 from flowmap.data.text.tokens import BPE, Tokenizer, Tokens
 from flowmap.flow.types import Cond
 
 LENGTH = "length"
+SIDES_AS = ("latents", "tokens")
 MAX_LENGTH = 24  # words; longer sentences are of the last class of the attribute "length"
 
 
@@ -69,8 +73,13 @@ class Text(Source):
                      probability drop_attribute, all with drop_condition
     only             "attribute=value" that every sentence must have
     held_out         the share of entries
-    infill           a sample is the middle third of a sentence; the latents of its left and right parts are the
-                     conditions "left" and "right"
+    infill           a sample is the middle third of a sentence, or the text between the sides that the source gives
+                     (sentences.left and right); both sides are the conditions "left" and "right"
+    sides            "latents": each side is one vector; "tokens": each side is its tokens, of which the `side_tokens`
+                     next to the middle are kept
+    tags             the condition "tags", the part-of-speech tags of the sentence: "tagger" for those of
+                     base/tagger.py (extra `text`), or an attribute that has them, with spaces between. At most
+                     `max_tags` are kept
     max_words        sentences of more words are left out and counted ("long")
     common_words     sentences with a word that is not among so many most frequent ones are left out ("rare")
     root             the folder of the latents
@@ -89,6 +98,10 @@ class Text(Source):
     common_words: Count | None = None
     seed: Seed = 0
     root: str = ""
+    sides: str = added("latents")
+    side_tokens: MaxTokens = added(16)
+    tags: str | None = added(None)
+    max_tags: Count = added(MAX_LENGTH)
     in_pixels: ClassVar[bool] = False
     quick: ClassVar[bool] = False
 
@@ -100,6 +113,13 @@ class Text(Source):
             raise ValueError("infill: wants latents, so an autoencoder")
         if any("=" not in rule for rule in self.only):
             raise ValueError(f"only: {list(self.only)} must be a list of attribute=value")
+        if self.sides not in SIDES_AS:
+            raise ValueError(f"sides: {self.sides!r} is not one of {', '.join(SIDES_AS)}")
+        if self.sides != "latents" and not self.infill:
+            raise ValueError(f"sides: {self.sides!r} is for infilling; set infill: true")
+        names = (*(SIDES if self.infill else ()), *((TAGS,) if self.tags else ()))
+        if taken := [name for name in names if name in self.attributes]:
+            raise ValueError(f"attributes: {taken[0]!r} is a condition of another kind here; rename the attribute")
 
     def read(self) -> tuple[list[Sentence], list[Sentence], tuple[Attribute, ...], Counter]:
         """(training sentences, held-out ones, attributes, counts of those left out).
@@ -118,17 +138,30 @@ class Text(Source):
     def build(self) -> TextDataset:
         """The data set; ValueError as from read(), or where the autoencoder or a tokenizer cannot be had."""
         train, held_out, attributes, counts = self.read()
-        if self.autoencoder is None:
-            tokens = (self.tokenizer or BPE()).fit([one.text for one in train])
-            code, conditions = tokens_of(tokens, counts), None
-        else:
-            tokens, code = None, Latent(self.autoencoder, counts, root=self.root, infill=self.infill)
-            conditions = code.contexts if self.infill else None
-        parts = [_Part(code, conditions, part, attributes) for part in (train, held_out)]
+        latents = None if self.autoencoder is None else Latent(self.autoencoder, counts, root=self.root)
+        tokens = (self.tokenizer or BPE()).fit([one.text for one in train]) if latents is None else None
+        code: Any = latents if tokens is None else tokens_of(tokens, counts)
+        described = self._described(train, latents, counts)
+        parts = [_Part(code, described, part, attributes, self.infill) for part in (train, held_out)]
         return TextDataset(
             "text", parts[0].samples, parts[1].samples, texts=parts[0].texts, held_out_texts=parts[1].texts,
             attributes=attributes, codes=parts[0].codes, held_out_codes=parts[1].codes, counts=counts, tokens=tokens,
+            token_conditions=tuple(one for part in described for one in part.token_conditions),
+            middles=parts[1 if held_out else 0].middles if self.infill else None,
         )  # fmt: skip
+
+    def _described(self, train: list[Sentence], latents: Latent | None, counts: Counter) -> list[Described]:
+        """The sources of conditions other than attributes."""
+        found = list[Described]()
+        if self.infill and self.sides == "latents":
+            assert latents is not None
+            found.append(LatentSides(latents))
+        elif self.infill:
+            assert isinstance(self.autoencoder, WithTokenizer)
+            found.append(TokenSides(self.autoencoder.load_tokens(), self.side_tokens, counts))
+        if self.tags:
+            found.append(Tags(self.tags, self.max_tags, self.infill, train, counts))
+        return found
 
     def identity(self) -> dict[str, Any]:
         """The settings that latents on disk depend on, other than the sentences themselves."""
@@ -155,7 +188,9 @@ class Text(Source):
     def _chosen(self, found: Sequence[Sentence]) -> list[Sentence]:
         known = {LENGTH, *(name for one in found for name in one.attributes)}
         rules = [tuple(rule.split("=", 1)) for rule in self.only]
-        for key, name in (*(("attributes", name) for name in self.attributes), *(("only", name) for name, _ in rules)):
+        tags = [("tags", self.tags)] if self.tags and self.tags != TAGGER else []
+        attributes = [("attributes", name) for name in self.attributes]
+        for key, name in (*attributes, *(("only", name) for name, _ in rules), *tags):
             if name not in known:
                 raise ValueError(
                     f"data.{key}: {name!r} is no attribute of these sentences; allowed: {', '.join(sorted(known))}"
@@ -166,6 +201,8 @@ class Text(Source):
             raise ValueError(f"data.only: {list(self.only)} was never seen; values: {values}")
         if not kept:
             raise ValueError("data.sentences: holds no sentences")
+        if kept[0].sides is not None and self.autoencoder is not None and not self.infill:
+            raise ValueError("data.infill: the sentences have texts on both sides (sentences.left); set it to true")
         return kept[:: -(-len(kept) // self.limit)] if self.limit else kept
 
 
@@ -173,7 +210,9 @@ class Text(Source):
 class TextDataset(Dataset):
     """A data set (see data/dataset.py) of sentences; samples are float32: token numbers (N, L), or latents.
 
-    texts: the training sentences as read. codes: the conditions, attributes by number and, for infilling, contexts.
+    texts: the training sentences as read. codes: the conditions, attributes by number, sides of infilled parts as
+    latents or tokens, and tags; those that are tokens are described by `token_conditions`. middles: the true parts of
+    the held-out sentences (of the training ones if none are held out); None if nothing is infilled.
     counts: sentences that were "empty", "cut", or left out as they share an entry with the held-out ones ("shared").
     tokens: the tokenizer where samples are token rows.
     """
@@ -185,10 +224,12 @@ class TextDataset(Dataset):
     held_out_codes: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     tokens: Tokens | None = None
+    token_conditions: tuple[TokenCondition, ...] = ()
+    middles: Sequence[str] | None = None
 
     @cached_property
     def empty(self) -> Mapping[str, Tensor]:
-        """One row of each condition as it is when dropped: -1 of an attribute, zeros of a context."""
+        """One row of each condition as it is when dropped: -1 of an attribute or of tokens, zeros of latents."""
         return {
             key: torch.full_like(rows[:1], 0 if rows.is_floating_point() else -1) for key, rows in self.codes.items()
         }
@@ -204,10 +245,9 @@ class TextDataset(Dataset):
 
     def wanted(self, num: int) -> list[str] | None:
         """The true middle parts at the first `num` places of an evaluation of infilling; None without infilling."""
-        if not any(column.is_floating_point() for column in self.codes.values()):
+        if self.middles is None:
             return None
-        texts = self.held_out_texts or self.texts
-        return [outer_thirds(texts[i])[1] for i in looked_at(torch.arange(num), len(texts)).tolist()]
+        return [self.middles[i] for i in looked_at(torch.arange(num), len(self.middles)).tolist()]
 
     def sentence_counts(self) -> dict[str, int] | None:
         return {"train": len(self), "held_out": len(self.held_out), **self.counts}
@@ -239,21 +279,26 @@ class _Part:
     """Training or held-out sentences as tensors."""
 
     code: Callable[[list[str]], Tensor]
-    contexts: Callable[[list[str]], Mapping[str, Tensor]] | None
+    described: Sequence[Described]
     sentences: Sequence[Sentence]
     attributes: tuple[Attribute, ...]
+    infill: bool
 
     @property
     def texts(self) -> list[str]:
         return [one.text for one in self.sentences]
 
+    @property
+    def middles(self) -> list[str]:
+        return [parts_of(one)[1] for one in self.sentences]
+
     @cached_property
     def samples(self) -> Tensor:
-        return self.code(self.texts)
+        return self.code(self.middles if self.infill else self.texts)
 
     @cached_property
     def codes(self) -> dict[str, Tensor]:
-        contexts = {} if self.contexts is None else self.contexts(self.texts)
+        contexts = {key: rows for one in self.described for key, rows in one(self.sentences).items()}
         numbers = {
             one.name: torch.tensor([_number(one, s) for s in self.sentences], dtype=torch.int64)
             for one in self.attributes

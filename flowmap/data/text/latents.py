@@ -7,10 +7,12 @@ import os
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from flowmap.data.text.tokens import Tokens
 
 
 class TextCoder(Protocol):
@@ -27,22 +29,30 @@ class TextCoder(Protocol):
     def identity(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class WithTokenizer(Protocol):
+    """The settings of a text autoencoder whose tokenizer can be loaded alone."""
+
+    def load_tokens(self) -> Tokens: ...
+
+
 class Latent:
     """latent(texts): (N, *shape) float32, read from the folder if it has them whole, otherwise computed and written
     there.
     """
 
-    def __init__(self, autoencoder: TextCoder, counts: Counter, *, root: str, infill: bool):
-        self.autoencoder, self.counts, self.root, self.infill = autoencoder, counts, root, infill
+    def __init__(self, autoencoder: TextCoder, counts: Counter, *, root: str):
+        self.autoencoder, self.counts, self.root = autoencoder, counts, root
 
     def __call__(self, texts: list[str]) -> Tensor:
-        return self._kept([outer_thirds(one)[1] for one in texts] if self.infill else texts)
-
-    def contexts(self, texts: list[str]) -> dict[str, Tensor]:
-        """The conditions of infilling: "left" and "right", (N, *shape) each."""
-        return {
-            side: self._kept([outer_thirds(one)[place] for one in texts]) for side, place in (("left", 0), ("right", 2))
-        }
+        path = self.path(texts) if self.root else None
+        made = None if path is None else _read(path)
+        if made is None:
+            made = self._made(texts)
+            if path is not None:
+                _write(path, made)
+        self.counts["cut"] += int(made["cut"])
+        return made["latents"].float()
 
     def path(self, texts: list[str]) -> Path:
         digest = hashlib.sha256(repr(sorted(self._identity.items())).encode())
@@ -58,16 +68,6 @@ class Latent:
     def _coder(self) -> Any:
         coder = self.autoencoder.load()
         return coder.to("cuda") if torch.cuda.is_available() else coder
-
-    def _kept(self, texts: list[str]) -> Tensor:
-        path = self.path(texts) if self.root else None
-        made = None if path is None else _read(path)
-        if made is None:
-            made = self._made(texts)
-            if path is not None:
-                _write(path, made)
-        self.counts["cut"] += int(made["cut"])
-        return made["latents"].float()
 
     def _made(self, texts: list[str]) -> dict[str, Tensor]:
         z, cut = self._coder.encode(texts, count_cut=True)
@@ -92,10 +92,3 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)
-
-
-def outer_thirds(text: str) -> tuple[str, str, str]:
-    """(left, middle, right) by words; the middle has at least one word, the others where there are three or more."""
-    words = text.split()
-    third = len(words) // 3
-    return " ".join(words[:third]), " ".join(words[third : len(words) - third]), " ".join(words[len(words) - third :])

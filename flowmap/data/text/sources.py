@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from flowmap.base.schema import added
 from flowmap.data.images.listing import NOT_REGULAR, Tally, walk
 from flowmap.data.safe_files import lines_of
 from flowmap.data.sources import class_names_of, optional
@@ -21,11 +22,15 @@ from flowmap.data.sources import class_names_of, optional
 
 @dataclass(frozen=True)
 class Sentence:
-    """A text of one line without spaces at its ends; attributes by name; keys: the entries that it belongs to."""
+    """A text of one line without spaces at its ends; attributes by name; keys: the entries that it belongs to.
+
+    sides: the texts (left, right) that it stands between, where its source has them; either may be empty.
+    """
 
     text: str
     attributes: Mapping[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    sides: tuple[str, str] | None = None
 
 
 class TextSource(Protocol):
@@ -105,13 +110,20 @@ class TextFiles:
     .jsonl.
 
     Lines of .txt have the attribute "file", the file's name without its suffix (yelp/positive.txt: "positive"). key:
-    the column of a .jsonl that names the entry of a sentence, so that entries are not split.
+    the column of a .jsonl that names the entry of a sentence, so that entries are not split. left, right: the columns
+    of a .jsonl with the texts before and after `text`, for data.infill; without a key, sentences between the same two
+    texts are one entry.
     """
 
     root: str = "???"
     text: str = "text"
     key: str | None = None
+    left: str | None = added(None)
+    right: str | None = added(None)
     kind: ClassVar[str] = "files"
+
+    def __post_init__(self):
+        check_sides(self.left, self.right)
 
     def read(self) -> tuple[list[Sentence], Counter]:
         paths = self._paths(Path(self.root))
@@ -139,12 +151,14 @@ class TextFiles:
 
     def _sentence(self, line: str, path: Path, where: str) -> Sentence:
         if path.suffix.lower() != ".jsonl":
+            if self.left is not None:
+                raise ValueError(f"{where}: is a line of text; sentences.left and right are columns of .jsonl files")
             return Sentence(one_line(line), {"file": path.stem})
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: is not JSON: {error}") from error
-        return as_sentence(row, self.text, self.key, None, where)
+        return as_sentence(row, self.text, self.key, None, where, sides_of(self.left, self.right))
 
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, **{k: v for k, v in asdict(self).items() if k != "root"}}
@@ -154,8 +168,8 @@ class TextFiles:
 class HuggingFaceText:
     """Column `text` of a data set: a hub id, a folder of save_to_disk, or one that load_dataset reads.
 
-    columns: those that are attributes. key: the column that names the entry of a row. Numbers of a ClassLabel become
-    their names. Code of a data set never runs.
+    columns: those that are attributes. key: the column that names the entry of a row. left, right: as of files.
+    Numbers of a ClassLabel become their names. Code of a data set never runs.
     """
 
     path: str = "???"
@@ -165,11 +179,17 @@ class HuggingFaceText:
     text: str = "text"
     columns: tuple[str, ...] = ()
     key: str | None = None
+    left: str | None = added(None)
+    right: str | None = added(None)
     kind: ClassVar[str] = "huggingface"
+
+    def __post_init__(self):
+        check_sides(self.left, self.right)
 
     def read(self) -> tuple[list[Sentence], Counter]:
         rows = self._rows()
         names: dict[str, Any] = {c: class_names_of(rows.features[c]) for c in self.columns}
+        sides = sides_of(self.left, self.right)
         found: list[Sentence] = []
         counts: Counter[str] = Counter()
         for i, row in enumerate(rows):
@@ -177,7 +197,7 @@ class HuggingFaceText:
                 c: names[c][row[c]] if names[c] and isinstance(row[c], int) and row[c] >= 0 else row[c]
                 for c in self.columns
             }
-            sentence = as_sentence({**row, **named}, self.text, self.key, self.columns, f"{self.split}[{i}]")
+            sentence = as_sentence({**row, **named}, self.text, self.key, self.columns, f"{self.split}[{i}]", sides)
             if sentence.text:
                 found.append(sentence)
             else:
@@ -198,7 +218,8 @@ class HuggingFaceText:
             raise ValueError(
                 f"sentences.path: {self.path!r} with split {self.split!r} cannot be used: {said}"
             ) from error
-        for column in (self.text, *self.columns, *([self.key] if self.key else [])):
+        named = [column for column in (self.key, self.left, self.right) if column]
+        for column in (self.text, *self.columns, *named):
             if column not in rows.features:
                 raise ValueError(
                     f"sentences: {column!r} is no column of {self.path}; allowed: {', '.join(rows.features)}"
@@ -217,16 +238,39 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def as_sentence(row: Any, text: str, key: str | None, columns: tuple[str, ...] | None, where: str) -> Sentence:
+def as_sentence(
+    row: Any,
+    text: str,
+    key: str | None,
+    columns: tuple[str, ...] | None,
+    where: str,
+    sides: tuple[str, str] | None = None,
+) -> Sentence:
     """A row as a sentence, with attributes from `columns`, or all its texts and whole numbers. ValueError names what is
     missing.
     """
-    if not isinstance(row, Mapping) or not isinstance(row.get(text), str):
-        raise ValueError(f"{where}: has no text {text!r}")
+    for name in (text, *(sides or ())):
+        if not isinstance(row, Mapping) or not isinstance(row.get(name), str):
+            raise ValueError(f"{where}: has no text {name!r}")
+    others = (text, key, *(sides or ()))
     wanted = (
         columns
         if columns is not None
-        else [k for k, v in row.items() if k not in (text, key) and isinstance(v, (str, int, bool))]
+        else [k for k, v in row.items() if k not in others and isinstance(v, (str, int, bool))]
     )
     given = {name: str(row[name]) for name in wanted if row.get(name) is not None}
-    return Sentence(one_line(row[text]), given, () if key is None or row.get(key) is None else (str(row[key]),))
+    around = None if sides is None else (one_line(row[sides[0]]), one_line(row[sides[1]]))
+    entry = str(row[key]) if key is not None and row.get(key) is not None else around and "\n".join(around)
+    return Sentence(one_line(row[text]), given, () if entry is None else (entry,), around)
+
+
+def check_sides(left: str | None, right: str | None) -> None:
+    """Raise ValueError if one of the columns is named and the other is not."""
+    if (left is None) != (right is None):
+        missing = "left" if left is None else "right"
+        raise ValueError(f"{missing}: is missing: sentences.left and right are given together")
+
+
+def sides_of(left: str | None, right: str | None) -> tuple[str, str] | None:
+    """Both columns, or None."""
+    return None if left is None or right is None else (left, right)

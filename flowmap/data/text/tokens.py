@@ -208,11 +208,15 @@ class Tokens:
     def rows(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Rows (N, max_tokens) int64, and which sentences were cut, (N,) bool."""
         rows, cut = torch.full((len(texts), self.max_tokens), self.pad), []
-        for row, found in zip(rows, self.fast.encode_batch_fast(list(texts), add_special_tokens=False), strict=True):
-            ids = found.ids[: self.max_tokens - 1]
-            cut.append(len(ids) < len(found.ids))
+        for row, found in zip(rows, self.numbers(texts), strict=True):
+            ids = found[: self.max_tokens - 1]
+            cut.append(len(ids) < len(found))
             row[: len(ids) + 1] = torch.tensor([*ids, self.end])
         return rows, torch.tensor(cut, dtype=torch.bool)
+
+    def numbers(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token numbers of each text, neither cut nor ended."""
+        return [found.ids for found in self.fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, rows: Tensor) -> list[str]:
         """The sentences of rows (N, L), each up to its end token."""
@@ -261,6 +265,10 @@ class PairTokens(Tokens):
         """Rows (N, 2 max_tokens) int64, and which sentences were cut for either model, (N,) bool."""
         (seen, unseen), (said, unsaid) = self.encoder.rows(texts), self.decoder.rows(texts)
         return torch.cat([seen, said], 1), unseen | unsaid
+
+    def numbers(self, texts: Sequence[str]) -> list[list[int]]:
+        """The decoder's token numbers of each text."""
+        return self.decoder.numbers(texts)
 
     def decode(self, rows: Tensor) -> list[str]:
         """Of whole rows, or of the decoder's part alone."""
