@@ -129,11 +129,16 @@ def _quantized(weight: Tensor, form: str) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def dequantized(codes: Tensor, scales: Tensor, form: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) of these codes in that precision."""
+    """The weight (out, in) of these codes in that precision.
+
+    NF4 is dequantised as one row: bitsandbytes 0.50 on a CPU begins a block anew in each row, where its quantisation
+    does not, and so takes the wrong scales if rows are no multiple of BLOCK.
+    """
     if form == "int8":
         return _kernels().int8_vectorwise_dequant(codes, scales.view(torch.float32)).to(dtype)
     written = dtype if dtype in DEQUANTISED else torch.float32
-    return _kernels().dequantize_4bit(codes, scales.view(torch.float32), BLOCK, "nf4", shape, written).to(dtype)
+    row = _kernels().dequantize_4bit(codes, scales.view(torch.float32), BLOCK, "nf4", [shape[0] * shape[1]], written)
+    return row.view(shape).to(dtype)
 
 
 def _kernels() -> Any:
