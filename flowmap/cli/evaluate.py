@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowmap.cli import coco
 from flowmap.cli.arguments import device_of, guided_arguments
 from flowmap.cli.terminal import log, summary
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the teacher and the floor again, not as they are in the run's metrics.json",
     )
+    coco.add_arguments(parser)
 
 
 def run(a: argparse.Namespace) -> int:
@@ -29,6 +31,9 @@ def run(a: argparse.Namespace) -> int:
     from flowmap.evaluation.measure import evaluate
     from flowmap.student.folder import load_student
 
+    if a.protocol is not None:
+        return coco.run(a)
+    coco.refuse(a)
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
         _check_figures(Path(a.out))
