@@ -134,7 +134,8 @@ def _recipe(coco: Coco, student: Student) -> Any:
         raise ValueError(
             "--protocol: the student's folder has no recipe of pictures with captions (data.kind: encoded)"
         )
-    return recipe.changed(data=replace(recipe.data, images=coco.reference))
+    images: Any = coco.reference
+    return recipe.changed(data=replace(recipe.data, images=images))
 
 
 def _plan(coco: Coco, student: Student, steps: list[int], teacher: LoadedTeacher | None) -> Iterator[str]:

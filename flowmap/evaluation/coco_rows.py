@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmap.base.files import read_tensors, weights_hash, write_tensors
 from flowmap.base.images import steps_label
@@ -29,6 +29,7 @@ from flowmap.metrics.frechet import gaussian_frechet
 from flowmap.metrics.picture_nets import transformers_source
 from flowmap.metrics.real import metric_device
 from flowmap.metrics.statistics import Moments, Statistics
+from flowmap.nets.lora import fingerprint
 from flowmap.student.student import Student
 
 Draw = Callable[[Tensor, Cond, Tensor], Tensor]  # start points, conditions, places of the samples
@@ -65,7 +66,7 @@ class CocoRows:
                 steps_label("student", k), self._of_student(k)
             )
         if teacher is not None:
-            row, seconds["teacher"] = self._row(teacher.label, self._of_teacher(teacher))
+            row, seconds["teacher"] = self._row(teacher.label, self._of_teacher(teacher), *teacher.built.modules)
             nfe["teacher"] = teacher.built.calls(teacher.steps)
             found["teacher"] = {"nfe": nfe["teacher"], "steps": teacher.steps, **row}
         protocol = {**self.coco.stamp(), "seed": self.seed, "reference": self.reference.count}
@@ -86,10 +87,16 @@ class CocoRows:
         return lambda x1, cond, places: teacher.built.solve(x1, cond, teacher.steps), self.guidance
 
     @torch.no_grad()
-    def _row(self, label: str, drawn: tuple[Draw, float | None]) -> tuple[dict[str, float], float]:
-        """(figures, seconds of drawing and decoding) of a row; a row that was begun before is continued."""
+    def _row(
+        self, label: str, drawn: tuple[Draw, float | None], *networks: nn.Module
+    ) -> tuple[dict[str, float], float]:
+        """(figures, seconds of drawing and decoding) of a row; a row that was begun before is continued.
+
+        networks: those that draw, if they are not the student's.
+        """
         draw, scale = drawn
-        sums = Sums(self.folder / f"{named(self._stamp(label, scale))}.safetensors", self._width, self._device)
+        stamp = {**self._stamp(label, scale), "networks": [fingerprint(one) for one in networks]}
+        sums = Sums(self.folder / f"{named(stamp)}.safetensors", self._width, self._device)
         draw, pace = in_precision(draw, self.precision, self.student.device), Pace(PAUSE)
         with Progress(self.coco.images, f"{label}, COCO", self.log) as count:
             first = 0
