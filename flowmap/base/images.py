@@ -83,7 +83,7 @@ def labelled_grid(
     its left.
     """
     width, height = rows[0][0].size
-    font = ImageFont.load_default(min(24, max(14, height // 12)))
+    font: Any = ImageFont.load_default(min(24, max(14, height // 12)))
     heads = [_wrapped(text, font, width) for text in columns]
     texts = [_wrapped(text, font, max(160, width)) for text in labels]
     line = sum(font.getmetrics()) + 2

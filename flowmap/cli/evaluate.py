@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flowmap.cli import coco
 from flowmap.cli.arguments import given_student, guided_arguments
 from flowmap.cli.terminal import log, summary
 
@@ -22,12 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the teacher and the floor again, not as they are in the run's metrics.json",
     )
+    coco.add_arguments(parser)
 
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable
     from flowmap.evaluation.measure import evaluate
 
+    if a.protocol is not None:
+        return coco.run(a)
+    coco.refuse(a)
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
         _check_figures(Path(a.out))

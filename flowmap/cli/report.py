@@ -1,4 +1,4 @@
-"""`flowmap report`: writes one HTML file about runs."""
+"""`flowmap report`: writes one HTML file, or a report in W&B, about runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from flowmap.cli.terminal import log
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "It needs matplotlib (the extra `bench`). Runs that are not finished are reported as such."
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--out", default="report.html", metavar="FILE.html", help="the file (default: report.html)")
+    what = "html, one file, or wandb, a report in W&B (extra `wandb`, and a login; default: html)"
+    parser.add_argument("--to", choices=["html", "wandb"], default="html", help=what)
+    parser.add_argument("--out", metavar="FILE.html", help="the file (default: report.html)")
     what = "load no student and no teacher: no trajectories, and only samples that the runs have drawn"
     parser.add_argument("--no-draw", action="store_true", help=what)
     parser.add_argument(
@@ -21,8 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
+    if a.to == "wandb":
+        from flowmap.compare.wandb_report import write_wandb_report
+
+        if a.out is not None:
+            raise ValueError("--out: is the file of --to html; a report in W&B has an address")
+        print(write_wandb_report(a.runs))
+        return 0
     from flowmap.compare.run_report import write_run_report
 
     device = "cpu" if a.no_draw else device_of(a.device)
-    print(write_run_report(a.runs, a.out, draw=not a.no_draw, device=device, log=log))
+    print(write_run_report(a.runs, a.out or "report.html", draw=not a.no_draw, device=device, log=log))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,21 +12,8 @@ from flowmap.base.images import labelled_grid, to_tiles
 from flowmap.evaluation.columns import solved
 from flowmap.evaluation.condition_grid import condition_grid, prompts_in
 from flowmap.student.config import TextLatents
+from tests.support.coco import Lengths
 from tests.support.straight_page import NAMES, ends, straight_demo
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """A text encoder whose condition is the number of letters."""
-
-    def load(self):
-        return self
-
-    def to(self, device):
-        return self
-
-    def __call__(self, texts):
-        return {"text": torch.tensor([[float(len(text))] for text in texts])}
 
 
 def with_text():

@@ -1,0 +1,171 @@
+"""`flowmap evaluate --protocol coco30k`: text to image by the papers' protocol on COCO-2014 (evaluation/coco.py)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowmap.cli.arguments import device_of
+from flowmap.cli.terminal import log
+
+if TYPE_CHECKING:
+    from flowmap.evaluation.coco import Coco
+    from flowmap.evaluation.columns import LoadedTeacher
+    from flowmap.metrics.statistics import Statistics
+    from flowmap.student.student import Student
+
+ONLY = "coco images weights clip teacher_steps dry_run seed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the protocol of text to image")
+    what = "30,000 captions of COCO-2014, FID at 256 pixels and CLIP score; needs --coco and --out"
+    group.add_argument("--protocol", choices=["coco30k"], help=what)
+    group.add_argument("--coco", metavar="DIR", help="the folder with val2014/ and captions_val2014.json")
+    group.add_argument("--images", type=int, metavar="N", help="captions (default: 30,000)")
+    group.add_argument("--weights", metavar="FILE", help="of Inception (default: as for the metric)")
+    group.add_argument("--clip", metavar="DIR|HUB-ID|none", help="model of the CLIP score (default: ViT-L/14)")
+    group.add_argument("--teacher-steps", type=int, metavar="N", help="of the teacher's row (default: the recipe's)")
+    group.add_argument("--seed", type=int, help="of the noise (default: that of evaluation)")
+    what = "print the network calls, GPU-hours and what is missing; draw nothing"
+    group.add_argument("--dry-run", action="store_true", default=None, help=what)
+
+
+def refuse(a: argparse.Namespace) -> None:
+    """Raise ValueError for an option of the protocol without --protocol."""
+    if (given := next((name for name in ONLY.split() if getattr(a, name) is not None), None)) is not None:
+        raise ValueError(f"--{given.replace('_', '-')}: goes with --protocol")
+
+
+def run(a: argparse.Namespace) -> int:
+    from flowmap.base.files import check_writable, write_json, write_text
+    from flowmap.evaluation.coco import figures_page
+    from flowmap.evaluation.coco_rows import CocoRows
+    from flowmap.student.folder import load_student
+
+    student = load_student(a.student, base=a.base)
+    coco = _asked(a, student)
+    steps = a.steps or list(student.config.sampler.steps)
+    teacher = _teacher(a, student)
+    if a.dry_run:
+        missing = coco.lacking()
+        print(
+            "\n".join([*_plan(coco, student, steps, teacher), *(f"missing on this machine: {one}" for one in missing)])
+        )
+        return 3 if missing else 0
+    out = Path(a.out)
+    check_writable(out.parent, "--out")
+    if missing := coco.lacking():
+        raise ValueError(missing[0])
+    student.to(device_of(a.device))
+    teacher = None if teacher is None else replace(teacher, built=teacher.built.to(student.device))
+    folder = out.with_suffix("")
+    log(f"captions: {coco.write_captions(folder)}")
+    rows = CocoRows(student, coco, _reference(coco, student), folder, a.guidance, _seed(a, student), log)
+    measured = rows.measure(steps, teacher)
+    write_json(out, measured)
+    names = [name for name in (coco.key, coco.clip_key) if name is not None]
+    page = figures_page(measured, names)
+    write_text(folder / "figures.md", page)
+    for path in folder.glob("*.safetensors"):  # the sums of rows, which are done
+        path.unlink()
+    print(page, end="")
+    return 0
+
+
+def _asked(a: argparse.Namespace, student: Student) -> Coco:
+    from flowmap.evaluation.coco import Coco
+
+    if a.metrics or a.anew:
+        raise ValueError("--metrics, --anew: do not go with --protocol, which has metrics of its own")
+    if a.coco is None or (a.out is None and not a.dry_run):
+        raise ValueError("--protocol: wants --coco DIR, and --out FILE.json")
+    if student.config.text is None:
+        raise ValueError("--protocol: this student is not conditioned on text")
+    if any(k < 1 for k in a.steps or ()):
+        raise ValueError(f"--steps: {min(a.steps)} must be 1 or more")
+    coco = Coco(Path(a.coco), weights=a.weights)
+    if a.images is not None and a.images < 2:
+        raise ValueError(f"--images: {a.images} must be 2 or more")
+    coco = coco if a.images is None else replace(coco, images=a.images)
+    return coco if a.clip is None else replace(coco, clip=None if a.clip == "none" else a.clip)
+
+
+def _teacher(a: argparse.Namespace, student: Student) -> LoadedTeacher | None:
+    from flowmap.evaluation.columns import load_teacher
+
+    if not a.teacher:
+        return None
+    try:
+        return load_teacher(student, steps=a.teacher_steps)
+    except ValueError as error:
+        log(f"no teacher's row: {error}")
+        return None
+
+
+def _seed(a: argparse.Namespace, student: Student) -> int:
+    from flowmap.evaluation.samples import recipe_of
+
+    recipe = recipe_of(student)
+    return a.seed if a.seed is not None else 0 if recipe is None else recipe.evaluation.seed
+
+
+def _reference(coco: Coco, student: Student) -> Statistics:
+    """The statistics of the real pictures, made once and kept with those of other recipes."""
+    from flowmap.plan.references import ReferenceStatistics
+    from flowmap.prepare.reference import make_reference
+
+    stage = ReferenceStatistics(_recipe(coco, student), coco.features, coco.weights)
+    found = make_reference(stage, device=student.device, log=log)
+    assert found is not None, "one process makes all parts"
+    return found
+
+
+def _recipe(coco: Coco, student: Student) -> Any:
+    """The student's recipe with the real pictures as those of its data."""
+    from flowmap.data import Encoded
+    from flowmap.evaluation.samples import recipe_of
+
+    recipe = recipe_of(student)
+    if recipe is None or not isinstance(recipe.data, Encoded):
+        raise ValueError(
+            "--protocol: the student's folder has no recipe of pictures with captions (data.kind: encoded)"
+        )
+    images: Any = coco.reference
+    return recipe.changed(data=replace(recipe.data, images=images))
+
+
+def _plan(coco: Coco, student: Student, steps: list[int], teacher: LoadedTeacher | None) -> Iterator[str]:
+    """The network calls of each row, and the GPU-hours by the costs of the dry run."""
+    from flowmap.base.images import steps_label
+    from flowmap.evaluation.coco import calls_of
+
+    rows = {steps_label("student", k): student.config.sampler_at(k).calls(k) for k in steps}
+    if teacher is not None:
+        rows[teacher.label] = teacher.built.calls(teacher.steps)
+    yield f"{coco.images:,} captions, pictures at {coco.size} pixels, {coco.key}, {coco.clip_key or 'no CLIP score'}"
+    yield from calls_of(coco, rows)
+    yield from _hours(coco, student, steps, teacher)
+
+
+def _hours(coco: Coco, student: Student, steps: list[int], teacher: LoadedTeacher | None) -> Iterator[str]:
+    from flowmap.estimate.networks import teacher_configs
+    from flowmap.estimate.price import Prices, Traffic, evaluation_parts, hours
+    from flowmap.metrics import CLIPScore, Frechet
+    from flowmap.plan.plan import resolve
+
+    recipe = _recipe(coco, student)
+    metrics: list[Any] = [Frechet(features=coco.features, images=coco.images, weights=coco.weights)]
+    metrics += [] if coco.clip is None else [CLIPScore(model=coco.clip, images=coco.images)]
+    evaluation = replace(recipe.evaluation, captions="captions", teacher_extra_steps=())
+    if teacher is not None:
+        evaluation = replace(evaluation, teacher_steps=teacher.steps)
+    sampler = replace(recipe.sampler, steps=tuple(steps))
+    run = resolve(recipe.changed(metrics=tuple(metrics), evaluation=evaluation, sampler=sampler))
+    teachers = [] if teacher is None else [one for _, one in teacher_configs(run, student.config)]
+    parts = evaluation_parts(Prices(), run, student.config, teachers)
+    yield f"in all {hours(sum((part for _, part in parts), Traffic()))}"
+    yield from (f"  {name}: {hours(part)}" for name, part in parts if part.slow_seconds)
