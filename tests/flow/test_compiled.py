@@ -18,10 +18,11 @@ from flowmap.flow.tangent import dual
 from flowmap.flow.tangent import rows as tangent_rows
 from flowmap.flow.tangent.compiled import Compiled, uncompiled
 from flowmap.flow.tangent.inductor import inductor, inductor_with_cuda_graphs, mend_loop_split
-from flowmap.nets import NETS
+from flowmap.nets import NETS, DiT
 from flowmap.nets.diffusers_calls import CALLS
+from flowmap.nets.embed import ExtraCondition
 from flowmap.nets.flow_map import FlowMapNet
-from tests.support.every_net import SMALL, WIDE, WITHOUT_DERIVATIVE, Sized, own
+from tests.support.every_net import SMALL, WIDE, WITHOUT_DERIVATIVE, Sized, ours, own
 from tests.support.families import FAMILIES
 
 B = 3
@@ -87,6 +88,20 @@ def test_the_walk_is_the_dual_forward_and_pads_tangents_at_its_end_alone(name, m
     student, draw = SMALL[name].student(), SMALL[name].draw(B)
     check_equal(student, [lambda: eulerian_derivative(student, **draw, rows=2)])
     assert padded == [draw["x"].shape] * 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "tolerance"), [(WALKED, 0.0), pytest.param(inductor, 1e-4, marks=pytest.mark.slow)]
+)
+def test_so_is_that_of_attention_to_masked_tokens(backend, tolerance):
+    extra = (ExtraCondition("left", 9, "tokens", 4, "words"), ExtraCondition("right", 9, "tokens", 3, "words"))
+    sized = Sized(ours(DiT(preset="nano", depth=1), extra_conditions=extra))
+    student, draw = sized.student(), sized.draw(B)
+    draw["cond"] |= {
+        "left": torch.tensor([[-1, 1, 2, 3]] * B),
+        "right": torch.tensor([[4, 5, -1], [-1] * 3, [6, 7, 8]]),
+    }
+    check_equal(student, [lambda: eulerian_derivative(student, **draw, rows=2)], backend, tolerance)
 
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("edm_adm", marks=pytest.mark.slow)])
