@@ -42,11 +42,11 @@ def refuse(a: argparse.Namespace) -> None:
 
 def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable, write_json, write_text
-    from flowmap.evaluation.coco import figures_page
+    from flowmap.evaluation.coco import beside, figures_page
     from flowmap.evaluation.coco_rows import CocoRows
     from flowmap.student.folder import load_student
 
-    student = load_student(a.student, base=a.base)
+    student = load_student(a.student, base=a.base, quantize=a.quantize)
     coco = _asked(a, student)
     steps = a.steps or list(student.config.sampler.steps)
     teacher = _teacher(a, student)
@@ -62,16 +62,16 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError(missing[0])
     student.to(device_of(a.device))
     teacher = None if teacher is None else replace(teacher, built=teacher.built.to(student.device))
-    folder = out.with_suffix("")
-    log(f"captions: {coco.write_captions(folder)}")
-    rows = CocoRows(student, coco, _reference(coco, student), folder, a.guidance, _seed(a, student), log)
+    captions, page_file = beside(out, "captions.txt"), beside(out, "figures.md")
+    coco.write_captions(captions)
+    log(f"captions: {captions}")
+    rows = CocoRows(student, coco, _reference(coco, student), out, a.guidance, _seed(a, student), log)
     measured = rows.measure(steps, teacher)
     write_json(out, measured)
     names = [name for name in (coco.key, coco.clip_key) if name is not None]
     page = figures_page(measured, names)
-    write_text(folder / "figures.md", page)
-    for path in folder.glob("*.safetensors"):  # the sums of rows, which are done
-        path.unlink()
+    write_text(page_file, page)
+    rows.forget()
     print(page, end="")
     return 0
 

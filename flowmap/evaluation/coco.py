@@ -28,7 +28,6 @@ from flowmap.metrics.features import check_features, short_name
 NAME = "coco30k"
 PICTURES, ANNOTATIONS = "val2014", "captions_val2014.json"
 PLACES = (f"annotations/{ANNOTATIONS}", ANNOTATIONS)
-CAPTIONS = "captions.txt"
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,9 @@ class Coco:
             raise ValueError(f"--images: {self.images} captions are wanted, and {self.annotations} has {len(texts)}")
         return [texts[i] for i in looked_at(torch.arange(self.images), len(texts)).tolist()]
 
-    def write_captions(self, folder: Path) -> Path:
+    def write_captions(self, path: Path) -> None:
         """Write the captions, one a line, as the record of what was measured."""
-        path = folder / CAPTIONS
         write_text(path, "\n".join(self.captions()) + "\n")
-        return path
 
     @property
     def reference(self) -> FolderImages:
@@ -148,3 +145,8 @@ def figures_page(measured: Mapping[str, Any], names: list[str]) -> str:
 def named(stamp: Mapping[str, Any]) -> str:
     """A short name for everything that a row depends on."""
     return short_hash(dict(stamp))
+
+
+def beside(out: Path, name: str) -> Path:
+    """The file STEM-name next to the file of the figures, STEM.json."""
+    return out.with_name(f"{out.stem}-{name}")

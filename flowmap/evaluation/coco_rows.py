@@ -18,7 +18,7 @@ from flowmap.base.files import read_tensors, weights_hash, write_tensors
 from flowmap.base.images import steps_label
 from flowmap.base.precision import in_precision, wait_for
 from flowmap.base.progress import LogFunction, Pace, Progress
-from flowmap.evaluation.coco import Coco, named, squared
+from flowmap.evaluation.coco import Coco, beside, named, squared
 from flowmap.evaluation.columns import LoadedTeacher
 from flowmap.evaluation.samples import BATCH, recipe_of
 from flowmap.flow.draws import of_samples
@@ -38,16 +38,17 @@ PAUSE = 20.0  # seconds between two writes of the sums
 
 @dataclass
 class CocoRows:
-    """Measures rows of one student. folder: where the sums of unfinished rows are kept."""
+    """Measures rows of one student. out: the file of the figures; the sums of unfinished rows are next to it."""
 
     student: Student
     coco: Coco
     reference: Statistics
-    folder: Path
+    out: Path
     guidance: float | None = None
     seed: int = 0
     log: LogFunction | None = None
     _built: dict[str, Any] = field(default_factory=dict)
+    _sums: list[Path] = field(default_factory=list)  # the files with the sums of these rows
 
     def __post_init__(self):
         recipe = recipe_of(self.student)
@@ -73,6 +74,11 @@ class CocoRows:
         rounded = {key: round(value, 4) for key, value in seconds.items()}
         return {"protocol": protocol, **found, "seconds": rounded, "nfe": nfe}
 
+    def forget(self) -> None:
+        """Remove the sums of the rows that were measured, once their figures are written."""
+        for path in self._sums:
+            path.unlink(missing_ok=True)
+
     def _of_student(self, k: int) -> tuple[Draw, float | None]:
         config = self.student.config
         sampler = config.sampler_at(k)
@@ -96,7 +102,8 @@ class CocoRows:
         """
         draw, scale = drawn
         stamp = {**self._stamp(label, scale), "networks": [fingerprint(one) for one in networks]}
-        sums = Sums(self.folder / f"{named(stamp)}.safetensors", self._width, self._device)
+        sums = Sums(beside(self.out, f"{named(stamp)}.safetensors"), self._width, self._device)
+        self._sums.append(sums.path)
         draw, pace = in_precision(draw, self.precision, self.student.device), Pace(PAUSE)
         with Progress(self.coco.images, f"{label}, COCO", self.log) as count:
             first = 0

@@ -41,8 +41,8 @@ def demo(tmp_path):
     return demo
 
 
-def rows_of(demo, coco, folder):
-    return CocoRows(demo.student, coco, _reference(coco, demo.student), folder, seed=3)
+def rows_of(demo, coco, out):
+    return CocoRows(demo.student, coco, _reference(coco, demo.student), out.with_suffix(".json"), seed=3)
 
 
 def moments(x):
@@ -95,6 +95,18 @@ def test_a_row_that_was_cut_off_is_continued_to_the_bit(coco, demo, tmp_path, mo
     assert blocks == [0, 16, "again", 32]
     assert rows_of(demo, coco, tmp_path / "cut").measure([2], None)["student"]["2"].keys() == whole["1"].keys()
     assert blocks[4:] == [0, 16, 32], "another row begins anew"
+
+
+def test_only_the_sums_of_its_own_rows_are_removed(coco, demo, tmp_path):
+    for mine in (tmp_path / "work-mine.safetensors", tmp_path / "work" / "model.safetensors"):
+        mine.parent.mkdir(exist_ok=True)
+        mine.touch()
+    rows = rows_of(demo, coco, tmp_path / "work")
+    rows.measure([1], None)
+    assert len(list(tmp_path.glob("work*/**/*.safetensors"))) + len(list(tmp_path.glob("work-*.safetensors"))) == 3
+    rows.forget()
+    assert sorted(path.name for path in tmp_path.rglob("work-*")) == ["work-mine.safetensors"]
+    assert (tmp_path / "work" / "model.safetensors").exists()
 
 
 def test_the_clip_score_is_that_of_the_same_samples(coco, demo, tmp_path):
