@@ -62,6 +62,8 @@ def write_peft(plan: Export, folder: Path) -> Written:
     lines = ["from diffusers import DiffusionPipeline", "from peft import PeftModel", ""]
     lines += [f'pipe = DiffusionPipeline.from_pretrained("{source}")']
     if base.lora is not None:
+        if not _loads(family):
+            raise ValueError(f"--to lora-peft: {family.pipeline} loads no LoRA of the base; take --to lora")
         lines += [f"pipe.load_lora_weights({_lora_source(base)})", f"pipe.fuse_lora(lora_scale={base.lora_scale:g})"]
         lines += ["pipe.unload_lora_weights()"]
     lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
@@ -180,15 +182,24 @@ def _snippet(plan: Export, text: TextParts | None) -> str:
     size = [f"height={height} * pipe.vae_scale_factor", f"width={width} * pipe.vae_scale_factor"]
     lines = [*sentence_lines(text), f"from diffusers import DiffusionPipeline, {family.scheduler}", ""]
     lines += [f"pipe = DiffusionPipeline.from_pretrained({source})"]
+    part, load = ("pipe", "load_lora_weights") if _loads(family) else ("pipe.transformer", "load_lora_adapter")
+    named = "" if _loads(family) else f', weight_name="{WEIGHTS}"'
     if base.lora is None:
-        lines += ['pipe.load_lora_weights("path/to/this/folder")']
+        lines += [f'{part}.{load}("path/to/this/folder"{named})']
     else:
-        lines += [f'pipe.load_lora_weights({_lora_source(base)}, adapter_name="teacher")']
-        lines += ['pipe.load_lora_weights("path/to/this/folder", adapter_name="few_step")']
-        lines += [f'pipe.set_adapters(["teacher", "few_step"], [{base.lora_scale:g}, 1.0])']
+        lines += [f'{part}.{load}({_lora_source(base)}, adapter_name="teacher")']
+        lines += [f'{part}.{load}("path/to/this/folder", adapter_name="few_step"{named})']
+        lines += [f'{part}.set_adapters(["teacher", "few_step"], [{base.lora_scale:g}, 1.0])']
     lines += [f"pipe.scheduler = {_scheduler(plan, family)}"]
     decodes = plan.student.config.autoencoder is not None
     return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=decodes)])
+
+
+def _loads(family: Family) -> bool:
+    """Whether the pipeline loads LoRAs itself; otherwise its network does (HunyuanImage)."""
+    import diffusers
+
+    return hasattr(getattr(diffusers, family.pipeline), "load_lora_weights")
 
 
 def _lora_source(base: Base) -> str:

@@ -2,9 +2,9 @@
 
 diffusers' forward of these networks takes the length of each caption from the device, makes a sequence for each
 sample, and turns queries and keys as complex numbers. Here lengths are positions and masks, and numbers are real: one
-shape for all captions, which torch.compile and ONNX can capture. Tests compare the two. Both networks attend to the
-tokens of the picture and of the caption together, after a few blocks of their own; the position of a token has three
-axes, (place in the caption, row, column).
+shape for all captions, which torch.compile and ONNX can capture. (len() of a tensor would be a constant to them.)
+Tests compare the two. Both networks attend to the tokens of the picture and of the caption together, after a few
+blocks of their own; the position of a token has three axes, (place in the caption, row, column).
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def picture(tokens: Tensor, rows: int, columns: int, size: int) -> Tensor:
 def lengths(text: Tensor, mask: Tensor | None) -> Tensor:
     """The number of real tokens (B, 1); masked ones are after them."""
     if mask is None:
-        return torch.full((len(text), 1), text.shape[1], device=text.device)
+        return torch.full((text.shape[0], 1), text.shape[1], device=text.device)
     return mask.sum(1, keepdim=True)
 
 
 def places_of_picture(start: Tensor, rows: int, columns: int) -> Tensor:
     """(B, rows columns, 3): the places of a picture that follows captions which end at start (B, 1)."""
     grid = torch.cartesian_prod(*(torch.arange(n, device=start.device) for n in (rows, columns)))
-    grid = grid.expand(len(start), -1, -1)
+    grid = grid.expand(start.shape[0], -1, -1)
     return torch.cat([start.unsqueeze(-1).expand(-1, grid.shape[1], 1), grid], -1)
 
 
@@ -115,11 +115,11 @@ def z_image(net: Any, x: Tensor, time: Tensor, text: Tensor, mask: Tensor | None
     caption = torch.where((index < count).unsqueeze(-1), caption, net.cap_pad_token.type_as(caption))
     seen = None if mask is None else index < padded
     turn = lambda places: rotation_of(places, tuple(net.axes_dims), net.rope_theta)
-    of_caption, of_picture = places_of_caption(index + 1, len(x)), places_of_picture(padded + 1, rows, columns)
+    of_caption, of_picture = places_of_caption(index + 1, x.shape[0]), places_of_picture(padded + 1, rows, columns)
     extra = -size % MULTIPLE
     of_picture = F.pad(of_picture, (0, 0, 0, extra))
     tokens = net.all_x_embedder["2-1"](patches(x, 2))
-    tokens = torch.cat([tokens, net.x_pad_token.type_as(tokens).expand(len(x), extra, -1)], 1)
+    tokens = torch.cat([tokens, net.x_pad_token.type_as(tokens).expand(x.shape[0], extra, -1)], 1)
     tokens = through(net, net.noise_refiner, tokens, None, turn(of_picture), emb)
     caption = through(net, net.context_refiner, caption, seen, turn(of_caption))
     everywhere = torch.cat([of_picture, of_caption], 1)
@@ -134,7 +134,7 @@ def lumina2(net: Any, x: Tensor, time: Tensor, text: Tensor, mask: Tensor | None
     emb, caption = net.time_caption_embed(x, time, text)
     rows, columns = x.shape[-2] // size, x.shape[-1] // size
     index, count = torch.arange(text.shape[1], device=x.device), lengths(text, mask)
-    of_caption, of_picture = places_of_caption(index, len(x)), places_of_picture(count, rows, columns)
+    of_caption, of_picture = places_of_caption(index, x.shape[0]), places_of_picture(count, rows, columns)
     seen = None if mask is None else mask.bool()
     turn = lambda places: rotation_of(places, tuple(rope.axes_dim), rope.theta)
     caption = through(net, net.context_refiner, caption, seen, turn(of_caption))
