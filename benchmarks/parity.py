@@ -5,7 +5,8 @@ small size, random weights, guidance on (tests/nets, tests/export; tests/support
 `python benchmarks/parity.py`, about ten minutes; rows of ONNX need the extra `onnx`.
 
 The last two tables have every network in every format (tests/support/formats.py). `--only NETWORK...` measures these
-rows alone, such as `--only FluxTransformer2DModel`, and keeps everything else that was measured; each is kept at once.
+rows alone, such as `--only FluxTransformer2DModel`, and `--formats FORMAT...` these columns; everything else that was
+measured is kept, and each row at once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from lib.report import RESULTS, environment, keep, kept, table, write
+from tables.parity import format_tables
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where tests/ is
 from tests.export import test_custom, test_onnx, test_program, test_stock  # noqa: E402
@@ -86,53 +88,33 @@ def _row(export: str, name: str, steps: int, loads_in: str, difference: float, t
     return [export, NAMES[name], steps, loads_in, difference, f"`{test.__name__.replace('.', '/')}.py`"]
 
 
-OURS = {
-    "mlp": "our MLP", "dit": "our DiT", "stacked": "two of our DiT in series", "edm2": "EDM2",
-    "edm_ddpmpp": "EDM DDPM++", "edm_ddpmpp, ncsnpp": "EDM NCSN++", "edm_adm": "EDM ADM",
-}  # fmt: skip
+def every_format(found: dict[str, dict[str, float | str]]) -> dict[str, dict]:
+    """The tables of what was measured in every format."""
+    return format_tables(found, NETWORKS, {name: reader for name, (_, reader) in FORMATS.items()})
 
 
-def format_tables(found: dict[str, dict[str, float | str]]) -> dict[str, dict]:
-    """The table network x format, and that of the reasons of refusals."""
-    rows, reasons = [["loads in", *(reader for _, reader in FORMATS.values())]], {}
-    for name in (name for name in NETWORKS if name in found):
-        cells = [found[name][one] for one in FORMATS]
-        rows.append([OURS.get(name, name), *("no" if isinstance(cell, str) else f"{cell:.1e}" for cell in cells)])
-        for one, cell in zip(FORMATS, cells, strict=True):
-            if isinstance(cell, str):
-                reasons.setdefault(cell, []).append((one, OURS.get(name, name)))
-    distinct = lambda values: ", ".join(dict.fromkeys(values))
-    refused = [
-        [distinct(one for one, _ in where), distinct(name for _, name in where), reason]
-        for reason, where in reasons.items()
-    ]
-    return {
-        "parity_formats": {"columns": ["network", *FORMATS], "rows": rows},
-        "parity_refused": {"columns": ["formats", "networks", "why not"], "rows": refused},
-    }
-
-
-def formats(names: list[str]) -> None:
-    """Measure these networks in every format, and keep each at once."""
+def formats(names: list[str], wanted: list[str]) -> None:
+    """Measure these networks in these formats, and keep each at once."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            found = measured(name, Path(folder) / "made")
+            found = measured(name, Path(folder) / "made", tuple(wanted))
         print(name, found, flush=True)
         made = kept(RESULTS / "parity.json")
-        made.setdefault("formats", {})[name] = found
+        made.setdefault("formats", {}).setdefault(name, {}).update(found)
         made["formats_environment"] = environment()
-        made.setdefault("tables", {}).update(format_tables(made["formats"]))
+        made.setdefault("tables", {}).update(every_format(made["formats"]))
         keep(RESULTS / "parity.json", made)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=NETWORKS, metavar="NETWORK", help="these rows of the last tables")
-    only = parser.parse_args().only
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), metavar="FORMAT", help="these columns alone")
+    a = parser.parse_args()
     torch.set_num_threads(1)
-    if only is None:
+    if a.only is None and a.formats is None:
         teachers_and_exports()
-    formats(list(NETWORKS) if only is None else only)
+    formats(a.only or list(NETWORKS), a.formats or list(FORMATS))
     tables = kept(RESULTS / "parity.json")["tables"]
     for name in ("parity_formats", "parity_refused"):
         print(table(tables[name]["rows"], tables[name]["columns"]), end="\n\n")
@@ -149,7 +131,7 @@ def teachers_and_exports() -> None:
     settings = {"weights": "random", "first two columns and exports": "float32", "tangents": "float64"}
     payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings}
     payload["formats"] = before.get("formats", {})
-    tables = made | format_tables(payload["formats"])
+    tables = made | every_format(payload["formats"])
     write("parity", {**payload, "seconds": time.perf_counter() - start, "tables": tables})
 
 

@@ -294,6 +294,52 @@ def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_o
     assert found["infill"]["rows"] == [["flow 1", "1"]] and "edited" not in found
 
 
+def test_networks_stand_beside_formats_and_refusals_by_their_reason(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/tables/parity.py", monkeypatch)
+    readers = {"torch": "torch.export.load", "onnx": "onnxruntime", "lora": "diffusers"}
+    found = {
+        "Flux": {"torch": 0.0, "onnx": 1.26e-7, "lora": 2e-6},
+        "dit": {"torch": 1e-7, "onnx": "no form", "lora": "no stock pipeline"},
+        "edm2": {"torch": 0.0, "onnx": 0.0, "lora": "no stock pipeline"},
+    }
+    tables = made.format_tables(found, ["edm2", "dit", "later", "Flux"], readers)
+    assert tables["parity_formats"]["rows"] == [
+        ["loads in", *readers.values()],
+        ["EDM2", "0", "0", "no"],
+        ["our DiT", "1.0e-07", "no", "no"],
+        ["Flux", "0", "1.3e-07", "2.0e-06"],
+    ]
+    assert tables["parity_refused"]["rows"] == [
+        ["lora", "EDM2, our DiT", "no stock pipeline"],
+        ["onnx", "our DiT", "no form"],
+    ]
+
+
+def test_what_quantising_costs_has_a_row_for_each_format_and_number_of_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = module_of(ROOT / "benchmarks/quantised.py", monkeypatch)
+    keys = " ".join(made.METRICS["digits"]).split()
+    row = lambda value: dict.fromkeys(keys, value)
+    one = lambda value: {"student": {str(k): row(value) for k in made.STEPS}, "floor": row(0.5)}
+    cost = {"weight_bytes": 2**20, "milliseconds": 3.0, "differences": dict.fromkeys("124", 0.25)}
+    measured = {
+        "float32": {"0": one(1.0) | {"teacher": {"steps": 64, **row(2.0)}}, "1": one(3.0)},
+        "int8": {"0": one(1.5)},
+        "nf4": {},  # not measured yet
+    }
+    columns, rows = made.rows_of(
+        {"measured": measured, "costs": dict.fromkeys(("float32", "int8", "nf4"), cost)}, "digits"
+    )
+    assert columns[:3] == ["weights", "steps", keys[0]] and [line[:3] for line in rows] == [
+        *(["float32", k, "2 (1 to 3)"] for k in made.STEPS),
+        *(["int8", k, "1.5"] for k in made.STEPS),
+        ["teacher", 64, "2"],
+        ["real against real", "", "0.5"],
+    ]
+    assert rows[3][-3:] == [0.25, 1.0, 3.0]
+
+
 def test_figures_by_steps_stand_side_by_side(monkeypatch):
     fill = module_of(ROOT / "benchmarks/fill_docs.py", monkeypatch)
     rows = [["ring", "flow map", k, 0.1 * k, 0.0, 1.0] for k in (1, 2)] + [

@@ -55,22 +55,24 @@ SCRIPT = """
 import json, warnings
 warnings.simplefilter("ignore")  # peft's, on layers without a bias
 given = torch.load("given.pt")
-cond, noise = given["cond"], given["noise"]
-prompt_embeds, pooled_prompt_embeds = cond.get("text"), cond.get("pooled")
-if prompt_embeds is not None:
-    prompt_attention_mask = prompt_embeds_mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.long)
+noise, packed, cond = given["noise"], given["packed"], given["cond"]
+text = cond.get("text")
+mask = None if text is None else torch.ones(text.shape[:2], dtype=torch.long)
+embeds = {"prompt_embeds": text, "prompt_attention_mask": mask, "prompt_embeds_mask": mask}
 for job in json.load(open("jobs.json")):
+    names = {**embeds, "pooled_prompt_embeds": cond.get("pooled")}
     try:
         load, call, rest = job["code"].partition("images = pipe(")
-        exec(load)
+        exec(load, names)
         if job["format"] == "torch":
-            images = program(noise, cond)
+            images = names["program"](noise, cond)
         elif job["format"] == "onnx":
             arrays = {key: value.numpy() for key, value in {"noise": noise, **cond}.items()}
-            images = torch.from_numpy(session.run(None, arrays)[0])
+            images = torch.from_numpy(names["session"].run(None, arrays)[0])
         else:
-            latents = given["packed"] if hasattr(pipe, "_pack_latents") else noise
-            exec(call + rest.replace("num_inference_steps", "latents=latents, num_inference_steps"))
+            names["latents"] = packed if hasattr(names["pipe"], "_pack_latents") else noise
+            exec(call + rest.replace("num_inference_steps", "latents=latents, num_inference_steps"), names)
+            images = names["images"]
         torch.save(images, job["format"] + ".pt")
     except Exception as error:
         open(job["format"] + ".txt", "w").write(f"failed: {type(error).__name__}: {error}")
