@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flowmap.train.wandb_charts import Best, Chart
 from flowmap.train.wandb_panels import STEP, save_view
 
 LogFunction = Callable[[str], None]
+DATA = "WANDB_DATA_DIR"
 SECONDS = {"init_timeout": 15.0, "finish_timeout": 300.0}  # W&B itself waits 90 s, and at the end without a limit
 
 
@@ -112,7 +114,7 @@ class _Lasting(WandbLogger):
 
     def __init__(self, log: LogFunction, **settings: Any):
         super().__init__(**settings)
-        self._log_line, self._failed = log, False
+        self._log_line, self._failed, self._folder = log, False, settings.get("save_dir")
         self.best = Best()
 
     def log_metrics(self, metrics: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -138,10 +140,27 @@ class _Lasting(WandbLogger):
         if self._failed:
             return
         try:
-            call(*args, **kwargs)
+            with _data_in(self._folder):
+                call(*args, **kwargs)
         except Exception as error:  # W&B's service may have been killed, or the disk is full
             self._failed = True
             self._log_line(f"W&B: {first_line(error)}; nothing more is recorded there, log.csv has the figures")
+
+
+@contextmanager
+def _data_in(folder: str | None) -> Iterator[None]:
+    """Keep the pictures of tables in FOLDER/wandb/data until they are uploaded, by default they lie in the user's home.
+
+    A folder of the user's, WANDB_DATA_DIR, has priority.
+    """
+    if folder is None or DATA in os.environ:
+        yield
+        return
+    os.environ[DATA] = str(Path(folder).absolute() / "wandb" / "data")
+    try:
+        yield
+    finally:
+        del os.environ[DATA]
 
 
 def _plot(chart: Chart) -> Any:
