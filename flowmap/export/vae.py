@@ -49,6 +49,7 @@ def exported_vae(plan: Export, *, shifts: bool = True, by_weights: bool = False)
 def _check_running(plan: Export, vae: Any, *, by_weights: bool) -> None:
     """Raise a ValueError unless the pipeline normalises latents by the weights, as this student's autoencoder does."""
     frozen, name = plan.autoencoder(), type(vae).__name__
+    assert frozen is not None
     if not by_weights:
         raise ValueError(f"autoencoder: {name}: its latents are patches, which only FLUX.2's stock pipelines decode")
     scale = (vae.bn.running_var.double() + vae.config.batch_norm_eps).rsqrt()

@@ -151,8 +151,6 @@ def prepare(net: Any) -> None:
 
     That is the hook of state_exactly, and attention that rotates real numbers (next_dit.py).
     """
-    from diffusers.models.attention_processor import Attention
-
     name = type(net).__name__
     if name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
         state_exactly(net.time_text_embed)
@@ -162,6 +160,8 @@ def prepare(net: Any) -> None:
     if name == "Flux2Transformer2DModel":
         state_exactly(net.time_guidance_embed.time_proj)
     if name in ("ZImageTransformer2DModel", "Lumina2Transformer2DModel"):
+        from diffusers.models.attention_processor import Attention
+
         for module in net.modules():
             if isinstance(module, Attention):
                 module.set_processor(RealRotary())

@@ -117,6 +117,7 @@ class DiffusersNet(nn.Module):
 
     model: Any  # a diffusers network
     frozen: frozenset[str] = frozenset()
+    arrival: ScalarEmbedding | SecondTime | None
 
     def __init__(
         self, model: nn.Module, clock: FlowClock | TableClock, prediction: str, *, arrival: bool, guidance: bool
@@ -148,7 +149,7 @@ class DiffusersNet(nn.Module):
 
         return velocity_of(predict, self.clock, x, t, self.prediction)
 
-    def _arrival(self, width: int) -> nn.Module:
+    def _arrival(self, width: int) -> ScalarEmbedding | SecondTime:
         if type(self.model).__name__ in SECOND_TIMES:
             assert isinstance(self.clock, FlowClock)
             return SecondTime(width, self.clock.unit)

@@ -9,8 +9,9 @@ import torch
 
 from flowmap.export import export
 from flowmap.export.plan import make_plan
-from flowmap.export.program import example_conditions
+from flowmap.export.program import MASKED, example_conditions
 from flowmap.nets import MLP, DiT
+from flowmap.nets.diffusers_text import WIDTHS
 from flowmap.nets.edm2 import EDM2
 from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import Pixels, StudentConfig
@@ -18,6 +19,13 @@ from tests.export.alone import alone, foreign, shaken, snippet
 from tests.support import parity, tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
+TODAY = ("z_image", "flux2", "hunyuan_image", "lumina2")
+
+
+def flowing(name):
+    return lambda: foreign(getattr(tiny_nets, name)(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))
+
+
 STUDENTS = {
     "dit": (
         4,
@@ -40,7 +48,7 @@ STUDENTS = {
         ),
     ),
     "table_unet": (1, lambda: foreign(tiny_nets.unet(sample_size=8), diffusers.DDIMScheduler(), (3, 8, 8))),
-    "sd3": (1, lambda: foreign(tiny_nets.sd3(), diffusers.FlowMatchEulerDiscreteScheduler(), (4, 8, 8))),
+    **{name: (1, flowing(name)) for name in ("sd3", *TODAY)},
 }
 SCRIPT = """
 import json
@@ -56,12 +64,15 @@ def rows(student, num):
     generator = torch.Generator().manual_seed(num)
     noise = torch.randn(num, *student.config.shape, generator=generator)
     cond = student.conditions(num, guidance=2.5 if student.config.guidance else None)
-    if getattr(student.config.net, "network", "") == "SD3Transformer2DModel":
+    network = getattr(student.config.net, "network", "")
+    if network in WIDTHS:
         cond |= {
             "text": torch.randn(num, 7 + num, 32, generator=generator),
             "pooled": torch.randn(num, 24, generator=generator),
+            "text_mask": torch.arange(7 + num).expand(num, -1) < 6,
         }
-    return noise, cond
+    unread = {"pooled"} - set(WIDTHS.get(network, {})) | (set() if network in MASKED else {"text_mask"})
+    return noise, {key: value for key, value in cond.items() if key not in unread}
 
 
 def exported(names, at):
@@ -95,7 +106,7 @@ def from_the_student(folder, name):
 def check(name, folder):
     assert from_the_student(folder, name) < 1e-5
     sizes = "1 to 63" if name == "table_unet" else "any"  # diffusers' up-sampling does otherwise from 64 rows on
-    sizes += "; tokens: any" * (name == "sd3")
+    sizes += "; tokens: any" * (name in ("sd3", *TODAY))
     assert f"# batch size: {sizes}\n" in (folder / name / "README.md").read_text()
 
 
@@ -107,7 +118,7 @@ def test_a_program_gives_the_students_samples(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["edm2", "table_unet", "sd3"])
+@pytest.mark.parametrize("name", ["edm2", "table_unet", "sd3", *TODAY])
 def test_the_program_of_a_larger_network_does_too(tmp_path, name):
     check(name, exported([name], tmp_path))
 
