@@ -117,10 +117,8 @@ def _rows_of_texts(student: Sentences, one: TokenCondition, texts: Sequence[str]
         return asked_tags(one, texts)
     rows, cut = side_rows(student.words.tokens, [one_line(text) for text in texts], one.name, one.length)
     if bool(cut.any()):
-        kept = f"only the {one.length} tokens next to the gap are read"
-        warnings.warn(
-            f"{one.name}: {int(cut.sum())} of {len(texts)} are longer than that: {kept}", stacklevel=7
-        )  # the caller of Student.sample, which torch wraps
+        what = f"{int(cut.sum())} of {len(texts)} are longer than {one.length} tokens, of which those next to the gap"
+        warnings.warn(f"{one.name}: {what} are read", stacklevel=7)  # the caller of Student.sample, which torch wraps
     return rows
 
 

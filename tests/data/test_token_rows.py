@@ -43,7 +43,13 @@ def stories(tmp_path):
     """Lines with the three texts of forty stories, two middles each, and the tags of the middle."""
     path = tmp_path / "stories.jsonl"
     lines = [
-        {"before": f"story {i} began", "text": f"then  number {i} {j}", "after": f"it ended {i}", "tags": "NN DT VB"}
+        {
+            "before": f"story {i} began",
+            "text": f"then  number {i} {j}",
+            "after": f"it ended {i}",
+            "tags": "NN DT VB",
+            "none": "",
+        }
         for i in range(40)
         for j in range(2)
     ]
@@ -119,7 +125,8 @@ def test_tags_of_a_field_and_of_the_tagger(stories):
         ({"sides": "tokens"}, "sides: 'tokens' is for infilling; set infill: true"),
         ({"infill": True, "attributes": ("left",)}, "attributes: 'left' is a condition of another kind"),
         ({"tags": "tags", "attributes": ("tags",)}, "attributes: 'tags' is a condition of another kind"),
-        ({"tags": "pos"}, "data.tags: 'pos' is no attribute of these sentences; allowed: length, tags"),
+        ({"tags": "none", "infill": True}, "data.tags: 'none' has no tag of any training sentence"),
+        ({"tags": "pos"}, "data.tags: 'pos' is no attribute of these sentences; allowed: length, none, tags"),
         ({}, "data.infill: the sentences have texts on both sides"),
         ({"side_tokens": 1}, "side_tokens: 1 must be 2 or more"),
         ({"max_tags": 0}, "max_tags: 0 must be 1 or more"),

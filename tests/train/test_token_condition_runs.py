@@ -107,7 +107,7 @@ def test_what_is_asked_wrongly_is_named(student):
         with pytest.raises(ValueError, match=says):
             student.sample(2, cond=cond)
     with pytest.warns(
-        UserWarning, match="left: 1 of 1 are longer than that: only the 18 tokens next to the gap"
+        UserWarning, match="left: 1 of 1 are longer than 18 tokens, of which those next to the gap are read"
     ) as seen:
         cut = student.sample(1, cond={"left": "owl " * 20 + "cat " * 20, "right": ""}, latents=True)
     assert seen[0].filename == __file__

@@ -92,6 +92,8 @@ class Tags(Described):
     @cached_property
     def _condition(self) -> TokenCondition:
         values = tuple(sorted({tag for tags in self._of_train for tag in tags}))
+        if not values:
+            raise ValueError(f"data.tags: {self.source!r} has no tag of any training sentence")
         return TokenCondition(TAGS, len(values), self.length, values)
 
     def of(self, sentence: Sentence) -> list[str]:
