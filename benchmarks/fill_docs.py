@@ -114,7 +114,7 @@ def by_steps(rows: list[list]) -> tuple[list[list], list[str]]:
 
 def origin(name: str, result: dict) -> str:
     """Where the figures come from: seeds and settings, machine, versions, commit."""
-    parts = [f"`benchmarks/results/{FILES[name]}`"]
+    parts, own = [f"`benchmarks/results/{FILES[name]}`"], table_of(name, result) or {}
     if runs := result.get("runs"):
         walls = sorted(run["wall_seconds"] for run in runs)
         peak = max(run["peak_gib"] for run in runs)
@@ -124,10 +124,10 @@ def origin(name: str, result: dict) -> str:
         )
     elif isinstance(seeds := result.get("seeds"), dict):
         parts.append(", ".join(f"{count} seeds on {what}" for what, count in seeds.items()))
-    elif given := result.get("settings") or result.get("setting"):
+    elif given := own.get("settings") or result.get("settings") or result.get("setting"):
         listed = lambda key, value: len(value) if key == "seeds" and isinstance(value, list) else _cell(value)
         parts.append(", ".join(f"{key} {listed(key, value)}" for key, value in given.items()))
-    if here := result.get("environment"):
+    if here := own.get("environment") or result.get("environment"):  # a table may have been measured by itself
         where = here["cpu"] if here["device"] == "cpu" else here["device"]
         parts.append(
             f"{where}, {here['threads']} threads; torch {here['versions']['torch']}; "

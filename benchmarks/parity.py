@@ -30,6 +30,7 @@ from tests.support.formats import FORMATS, NETWORKS, measured  # noqa: E402
 TEACHERS = ["network", "schedule", "step 0, largest difference", "Euler on its scheduler's grid", "dual tangent"]
 EXPORTS = ["export", "network", "steps", "loads in", "largest difference", "test"]
 EDM = {"ddpmpp": "EDM DDPM++", "ncsnpp": "EDM NCSN++", "adm": "EDM ADM"}
+SMALL = {"weights": "random", "samples": "float32"}
 NAMES = {
     "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage",
     "z_image": "Z-Image", "flux2": "FLUX.2 klein", "flux2_dev": "FLUX.2 dev", "hunyuan_image": "HunyuanImage",
@@ -88,9 +89,11 @@ def _row(export: str, name: str, steps: int, loads_in: str, difference: float, t
     return [export, NAMES[name], steps, loads_in, difference, f"`{test.__name__.replace('.', '/')}.py`"]
 
 
-def every_format(found: dict[str, dict[str, float | str]]) -> dict[str, dict]:
-    """The tables of what was measured in every format."""
-    return format_tables(found, NETWORKS, {name: reader for name, (_, reader) in FORMATS.items()})
+def every_format(made: dict) -> dict[str, dict]:
+    """The tables of what was measured in every format, and where."""
+    readers = {name: reader for name, (_, reader) in FORMATS.items()}
+    here = {"settings": SMALL, "environment": made.get("formats_environment")}
+    return {name: one | here for name, one in format_tables(made.get("formats", {}), NETWORKS, readers).items()}
 
 
 def formats(names: list[str], wanted: list[str]) -> None:
@@ -102,7 +105,7 @@ def formats(names: list[str], wanted: list[str]) -> None:
         made = kept(RESULTS / "parity.json")
         made.setdefault("formats", {}).setdefault(name, {}).update(found)
         made["formats_environment"] = environment()
-        made.setdefault("tables", {}).update(every_format(made["formats"]))
+        made.setdefault("tables", {}).update(every_format(made))
         keep(RESULTS / "parity.json", made)
 
 
@@ -130,8 +133,8 @@ def teachers_and_exports() -> None:
         print(table(part["rows"], part["columns"]), end="\n\n")
     settings = {"weights": "random", "first two columns and exports": "float32", "tangents": "float64"}
     payload = {"question": __doc__.splitlines()[0], "environment": environment(), "settings": settings}
-    payload["formats"] = before.get("formats", {})
-    tables = made | every_format(payload["formats"])
+    payload |= {key: before[key] for key in ("formats", "formats_environment") if key in before}
+    tables = made | every_format(payload)
     write("parity", {**payload, "seconds": time.perf_counter() - start, "tables": tables})
 
 
