@@ -292,6 +292,11 @@ def test_sentences_stand_beside_each_other_and_rows_that_a_seed_lacks_are_left_o
         "rows": [["a/b", "c", "e"], ["(empty)", "d", "f"]],
     }
     assert found["infill"]["rows"] == [["flow 1", "1"]] and "edited" not in found
+    tokens = {"tokens 4": {"calls": 4, "infilled_bleu": 2.0, "first": ["a"]}, "tokens, the flow": {"loss": 0.5}}
+    found = made.tables([{"infill_tokens": tokens, "tags": {"tags 4": {"tag_hit": 0.25}}}])
+    assert found["tokens"]["rows"] == [["tokens 4", "4", "2", ""], ["tokens, the flow", "", "", "0.5"]]
+    assert found["tags"]["rows"] == [["tags 4", "0.25"]] and found["filled"]["rows"] == [["a"]]
+    assert set(found) <= set(made.TOKEN_TABLES)
 
 
 def test_networks_stand_beside_formats_and_refusals_by_their_reason(monkeypatch):
