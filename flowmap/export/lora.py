@@ -67,6 +67,7 @@ def write_peft(plan: Export, folder: Path) -> Written:
         lines += [f"pipe.load_lora_weights({_lora_source(base)})", f"pipe.fuse_lora(lora_scale={base.lora_scale:g})"]
         lines += ["pipe.unload_lora_weights()"]
     lines += ['pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "path/to/this/folder")']
+    lines += family.unguided
     return Written("\n".join(lines), (*_notes(plan), f"Sample with {_scheduler(plan, family)}."))
 
 
@@ -190,7 +191,7 @@ def _snippet(plan: Export, text: TextParts | None) -> str:
         lines += [f'{part}.{load}({_lora_source(base)}, adapter_name="teacher")']
         lines += [f'{part}.{load}("path/to/this/folder", adapter_name="few_step"{named})']
         lines += [f'{part}.set_adapters(["teacher", "few_step"], [{base.lora_scale:g}, 1.0])']
-    lines += [f"pipe.scheduler = {_scheduler(plan, family)}"]
+    lines += [f"pipe.scheduler = {_scheduler(plan, family)}", *family.unguided]
     decodes = plan.student.config.autoencoder is not None
     return "\n".join([*lines, *call_lines(plan, family, size, text, decodes=decodes)])
 

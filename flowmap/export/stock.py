@@ -48,6 +48,7 @@ class Family:
     patch: int = 1  # side of the patches of latents that are channels, which it normalises by the autoencoder's weights
     trimmed: bool = False  # whether it takes a list of embeddings, of each prompt's real tokens alone
     shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
+    unguided: tuple[str, ...] = ()  # lines that turn off a base pipeline's guidance, where no argument of a call does
 
     def build_scheduler(self, unit: float) -> diffusers.SchedulerMixin:
         return getattr(diffusers, self.scheduler)(num_train_timesteps=round(unit), shift=1.0)
@@ -112,6 +113,7 @@ FAMILIES = {
         shifts=False,
         limits=False,
         zeros=NO_SECOND_TEXT,
+        unguided=("pipe.guider = pipe.ocr_guider = None",),
     ),
     "Lumina2Transformer2DModel": Family(
         pipeline="Lumina2Pipeline",

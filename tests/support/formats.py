@@ -50,6 +50,7 @@ NETWORKS = tuple(name for name, sized in SMALL.items() if isinstance(sized.build
 """The networks of students: those that a recipe's settings build, from noise to samples that are no sentences."""
 STEPS, SCALE, ROWS, CLASSES = 2, 2.5, 2, {"DiTTransformer2DModel": 10}
 ADAPTERS = ("lora", "lora-peft", "lora-comfyui")
+GUIDERS = {"HunyuanImagePipeline": ("guider", "ocr_guider")}  # of a base, at a scale of 3.5
 NO_STOCK = "there is no stock pipeline for this network on this schedule"
 SCRIPT = """
 import json, warnings
@@ -100,7 +101,11 @@ def lora_student(config: StudentConfig, at: Path) -> Student:
     parts = {"transformer": model, "scheduler": scheduler, "vae": None, **dict.fromkeys(family.empty)}
     for part in ("transformer", "scheduler"):
         parts[part].save_pretrained(at / part)
-    getattr(diffusers, family.pipeline)(**parts).save_config(at)  # model_index.json, which names the empty parts too
+    guiders = {name: diffusers.AdaptiveProjectedMixGuidance() for name in GUIDERS.get(family.pipeline, ())}
+    for part, guider in guiders.items():
+        guider.save_pretrained(at / part)
+    pipe = getattr(diffusers, family.pipeline)(**parts, **guiders)
+    pipe.save_config(at)  # model_index.json, which names the empty parts too
     lora, base = LoRA(2, 5.0, ("to_q", "to_k", "to_v")), Base(str(at), None, fingerprint(model))
     config = StudentConfig(**{**vars(config), "lora": lora, "base": base})
     flow_map = config.build(load_base(base, spec)).eval()
@@ -169,9 +174,10 @@ def _code(one: str, student: Student, at: Path) -> str:
     empty = ("vae", *FAMILIES[spec.network].empty)
     base = f'from_pretrained("{at / "base"}", **dict.fromkeys({empty}))'
     code = snippet(at / "lora").replace('from_pretrained("path/to/the/base/pipeline")', base)
-    if one == "lora-peft":  # its card has the loading alone; the call is that of diffusers' LoRA
-        lines = "from peft import PeftModel; pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "
-        code = code.replace(f'pipe.load_lora_weights("{at / "lora"}")', f'{lines}"{at / one}")')
+    if one == "lora-peft":  # its card has the loading alone; scheduler and call are those of diffusers' LoRA
+        loading = snippet(at / one).replace('from_pretrained("path/to/the/base/pipeline")', base)
+        scheduler = code[code.index("pipe.scheduler = ") :]
+        code = "\n".join([code.partition("\n")[0], loading, scheduler])
     return code
 
 
