@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from flowmap.base.ranges import MaxTokens, Side, check_ranges
 from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, local_folder
 
-NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor")
+NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor", "guider", "ocr_guider")
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 # files to download of a hub id
 PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "transformer/config.json")

@@ -187,6 +187,7 @@ def hunyuan_image():
         transformer=tiny_nets.hunyuan_image(TEXT_WIDTH), scheduler=flow(shift=3.0),
         vae=tiny_nets.kl_hunyuan_image(), text_encoder=qwen3(3),
         tokenizer=tokenizer(80), text_encoder_2=t5(), tokenizer_2=tokenizer(),
+        guider=diffusers.AdaptiveProjectedMixGuidance(), ocr_guider=diffusers.AdaptiveProjectedMixGuidance(),
     )  # fmt: skip
 
 
