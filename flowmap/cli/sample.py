@@ -138,18 +138,21 @@ def _conditions(a: argparse.Namespace, student: Student) -> dict[str, Any]:
 
     given = {
         "class": class_of(a.label, student.config.class_names),
-        "prompt": _prompts(a) if student.config.text is not None else None,
+        "prompt": _prompts(a, student) if student.config.text is not None else None,
         "negative_prompt": a.negative_prompt,
         "guidance_interval": a.guidance_interval,
     }
     return {key: value for key, value in given.items() if value is not None} | dict(map(attribute_of, a.attribute))
 
 
-def _prompts(a: argparse.Namespace) -> str | list[str] | None:
+def _prompts(a: argparse.Namespace, student: Student) -> str | list[str] | None:
     """The text of all samples, or one for each."""
     from flowmap.evaluation.condition_grid import prompts_in
+    from flowmap.teachers.text import check_prompt
 
     if a.prompts is None:
+        if a.prompt is not None:
+            check_prompt(student.config.text, a.prompt)
         return a.prompt
     if a.prompt is not None or a.num is not None:
         raise ValueError("--prompts: gives the texts and the number of samples; leave --prompt and --num out")

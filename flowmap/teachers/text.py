@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from flowmap.base.ranges import MaxTokens, Side, check_ranges
 from flowmap.teachers.autoencoder import before_loading, digest_of, first_line, local_folder
+from flowmap.teachers.quoted_words import SECOND_TEXT, quoted, warn_of_quoted
 
-NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor", "guider", "ocr_guider")
+GUIDERS = ("guider", "ocr_guider")
+NOT_TEXT = ("unet", "transformer", "vae", "safety_checker", "image_encoder", "feature_extractor", *GUIDERS)
 PARTS = (*NOT_TEXT, "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 # files to download of a hub id
 PIPELINE = ("model_index.json", "text_encoder*/*", "tokenizer*/*", "scheduler/*", "transformer/config.json")
@@ -285,18 +287,12 @@ def _flux2(pipeline, prompts, device, length):
 
 
 def _hunyuan_image(pipeline, prompts, device, length):
-    """Its first text encoder. Its second one reads the letters of words in quotation marks, which no network here does.
-
-    Raises a ValueError for such a prompt.
-    """
-    from diffusers.pipelines.hunyuan_image.pipeline_hunyuanimage import extract_glyph_text
-
-    quoted = next((prompt for prompt in prompts if extract_glyph_text(prompt) is not None), None)
-    if quoted is not None:
-        what = "has words in quotation marks, for which HunyuanImage reads a second text that flowmap does not give it"
-        raise ValueError(f"prompt: {quoted!r} {what}; leave the marks out")
+    """Its first text encoder; the second text is replaced by zeros, so that its second encoder is not called."""
+    warn_of_quoted(pipeline, prompts)
     pipeline.tokenizer_max_length = length.get("max_sequence_length", 1000)
-    text, mask, _, _ = pipeline.encode_prompt(prompts, device=device, batch_size=len(prompts))
+    second = torch.zeros(len(prompts), 1, 1, device=device)
+    second_text = dict(prompt_embeds_2=second, prompt_embeds_mask_2=second[..., 0])
+    text, mask, _, _ = pipeline.encode_prompt(prompts, device=device, batch_size=len(prompts), **second_text)
     return {"text": text, "text_mask": mask}
 
 
@@ -335,6 +331,14 @@ PIPELINES = {
     "HunyuanImagePipeline": _hunyuan_image,
     "Lumina2Pipeline": _lumina2,
 }
+
+
+def check_prompt(text: Any, prompt: str) -> None:
+    """Raise a ValueError for a user's prompt if the text encoder with those settings leaves a part of it out."""
+    if isinstance(text, PipelineText) and quoted(prompt):
+        folder = local_folder(text.source, text.revision, "text.source", PIPELINE)
+        if pipeline_index(folder).get("_class_name") == "HunyuanImagePipeline":
+            raise ValueError(f"--prompt: {prompt!r} has {SECOND_TEXT}; leave the marks out")
 
 
 def _minilm() -> Path:

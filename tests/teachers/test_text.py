@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flowmap.teachers.text import PIPELINE, PipelineText, Sentence
+from flowmap.cli.sample import _prompts
+from flowmap.teachers.quoted_words import quoted
+from flowmap.teachers.text import PIPELINE, PipelineText, Sentence, check_prompt
 from tests.support.tiny_pipelines import save
 
 PROMPTS = ["a red cat", "the dog with blue eyes and a grinning face", ""]
@@ -51,16 +55,48 @@ def test_a_pipelines_own_encoding(family, tmp_path):
     assert spec.identity() == encoder.identity() and spec.identity()["parts"]
 
 
-def test_lumina_encodes_no_text_as_its_pipeline_does_and_hunyuan_refuses_quotations(tmp_path):
+def test_lumina_encodes_no_text_as_its_pipeline_does(tmp_path):
     frozen = PipelineText(source=str(save("lumina2", tmp_path / "lumina2")), max_tokens=50).load()
     text, mask, nothing, none = frozen.pipeline.encode_prompt(PROMPTS[:1], True, device="cpu", max_sequence_length=50)
     rows = frozen(["", PROMPTS[0]])
     torch.testing.assert_close(rows["text"], torch.cat([nothing, text]), rtol=1e-4, atol=1e-5)
     assert torch.equal(rows["text_mask"], torch.cat([none, mask]).bool())
-    frozen = PipelineText(source=str(save("hunyuan_image", tmp_path / "hunyuan")), max_tokens=12).load()
-    with pytest.raises(ValueError, match="^prompt: 'a \"red\" cat' has words in quotation marks") as caught:
-        frozen(["a cat", 'a "red" cat'])
+
+
+def test_hunyuan_image_encodes_captions_with_quotations_and_refuses_a_prompt_with_them(tmp_path):
+    """The second text of its own encoding changes nothing in the first, which is all that the network reads."""
+    spec = PipelineText(source=str(save("hunyuan_image", tmp_path)), max_tokens=12)
+    frozen, captions = spec.load(), ['a "red" cat', "the dog's and the cat's eyes", "a cat"]
+    with pytest.warns(UserWarning, match="^prompt: 1 of 3 have words in quotation marks, which HunyuanImage") as seen:
+        rows = frozen(captions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frozen(captions[:1])  # it is said once
+    text, mask, *_ = frozen.pipeline.encode_prompt(captions, device="cpu", batch_size=3)
+    assert len(seen) == 1 and torch.equal(rows["text"], text) and torch.equal(rows["text_mask"], mask.bool())
+    with pytest.raises(ValueError, match="^--prompt: 'a \"red\" cat' has words in quotation marks") as caught:
+        _prompts(SimpleNamespace(prompts=None, prompt=captions[0]), SimpleNamespace(config=SimpleNamespace(text=spec)))
     assert "\n" not in str(caught.value)
+    for text, prompt in ((spec, captions[1]), (Sentence(), captions[0]), (None, captions[0])):
+        check_prompt(text, prompt)
+
+
+def test_apostrophes_are_no_quotation_marks():
+    for plain in (
+        "the dog's eyes and the cat's",
+        "the dogs' bowl and the cats' bed",
+        "l'art d'hiver",
+        "café's at dogs'",
+    ):
+        assert not quoted(plain), plain
+    for marked in (
+        "it says 'the dog's bowl'",
+        'a "red" cat',
+        "\u5199\u7740'\u4f60\u597d'\u7684",
+        "\u2018open\u2019",
+        "\u201copen\u201d",
+    ):
+        assert quoted(marked), marked
 
 
 def edited(folder, **values):
