@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmap.cli.arguments import device_of
+from flowmap.cli.arguments import given_student
 from flowmap.cli.terminal import log
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ def run(a: argparse.Namespace) -> int:
     from flowmap.base.files import check_writable, write_json, write_text
     from flowmap.evaluation.coco import beside, figures_page
     from flowmap.evaluation.coco_rows import CocoRows
-    from flowmap.student.folder import load_student
 
-    student = load_student(a.student, base=a.base, quantize=a.quantize)
+    student = given_student(a)
     coco = _asked(a, student)
     steps = a.steps or list(student.config.sampler.steps)
     teacher = _teacher(a, student)
@@ -60,7 +59,6 @@ def run(a: argparse.Namespace) -> int:
     check_writable(out.parent, "--out")
     if missing := coco.lacking():
         raise ValueError(missing[0])
-    student.to(device_of(a.device))
     teacher = None if teacher is None else replace(teacher, built=teacher.built.to(student.device))
     captions, page_file = beside(out, "captions.txt"), beside(out, "figures.md")
     coco.write_captions(captions)

@@ -97,6 +97,18 @@ def test_a_row_that_was_cut_off_is_continued_to_the_bit(coco, demo, tmp_path, mo
     assert blocks[4:] == [0, 16, 32], "another row begins anew"
 
 
+def test_a_row_of_quantised_weights_does_not_continue_that_of_whole_ones(coco, demo, tmp_path, monkeypatch):
+    whole = rows_of(demo, coco, tmp_path / "work").measure([1], None)
+    original, blocks = CocoRows._block, []
+    monkeypatch.setattr(CocoRows, "_block", lambda self, *given: (blocks.append(given[2]), original(self, *given)))
+    assert rows_of(demo, coco, tmp_path / "work").measure([1], None)["student"] == whole["student"] and not blocks
+    monkeypatch.setattr(type(demo.student), "quantized", "nf4")
+    measured = rows_of(demo, coco, tmp_path / "work").measure([1], None)
+    assert blocks == [0, 16, 32], "its own row, from the first block on"
+    assert measured["quantized"] == {"format": "nf4", "weight_bytes": demo.student.weight_bytes}
+    assert "quantized" not in whole
+
+
 def test_only_the_sums_of_its_own_rows_are_removed(coco, demo, tmp_path):
     for mine in (tmp_path / "work-mine.safetensors", tmp_path / "work" / "model.safetensors"):
         mine.parent.mkdir(exist_ok=True)
