@@ -10,6 +10,7 @@ from torch import Tensor
 from flowmap.data import Dataset
 from flowmap.data.dataset import looked_at
 from flowmap.data.prompts import read_prompts
+from flowmap.data.text.token_rows import texts_of_rows
 from flowmap.flow.apportion import apportioned
 from flowmap.flow.types import Cond
 from flowmap.student.student import Student
@@ -43,7 +44,8 @@ def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] 
 def condition_labels(student: Student, data: Dataset, cond: Cond, num: int) -> list[str]:
     """What each of the first `num` samples of `conditions_for` without captions is conditioned on, in words.
 
-    That is its class, its attributes or the caption of its data; "" where there is none.
+    That is its class, its attributes, tags and the texts around it, or the caption of its data; "" where there is none.
+    Texts that are latents are shown as they are decoded.
     """
     config = student.config
     parts: list[list[str]] = [[] for _ in range(num)]
@@ -57,7 +59,24 @@ def condition_labels(student: Student, data: Dataset, cond: Cond, num: int) -> l
     for one in config.sentences.attributes:
         for i, number in enumerate(cond[one.name][:num].tolist()):
             parts[i] += [f"{one.name}={one.values[number]}"] if number >= 0 else []
+    for name, texts in _described(student, cond, num).items():
+        for i, text in enumerate(texts):
+            parts[i] += [f"{name}={text}"] if text else []
     return [", ".join(part) for part in parts]
+
+
+def _described(student: Student, cond: Cond, num: int) -> dict[str, list[str]]:
+    """The conditions of sentences that are rows of tokens or latents, as texts by name."""
+    given, words = student.config.sentences, student.config.text_autoencoder
+    found = {}
+    for one in given.token_conditions:
+        tokens = None if one.values or words is None else student.words.tokens
+        found[one.name] = texts_of_rows(one, cond[one.name][:num], tokens)
+    for name in given.contexts:
+        rows = cond[name][:num]
+        texts = student.sentences(rows)
+        found[name] = [text if bool(row.any()) else "" for row, text in zip(rows, texts, strict=True)]
+    return found
 
 
 def conditions_for(

@@ -11,7 +11,7 @@ import torch
 
 from flowmap.data.text.dataset import Attribute, Text, split
 from flowmap.data.text.described import outer_thirds
-from flowmap.data.text.sources import HuggingFaceText, Sentence, TextFiles, WordNet
+from flowmap.data.text.sources import HuggingFaceText, Sentence, TextFiles, WordNet, as_sentence
 from flowmap.data.text.tokens import BPE, Pretrained, Tokens, load_tokens
 from tests.support.tiny_text import wordnet_files
 
@@ -47,6 +47,16 @@ def test_a_text_is_on_one_side_alone():
     ]
     train, held_out = split(same, 0.3, 0, Counter())
     assert {one.text for one in train}.isdisjoint(one.text for one in held_out)
+
+
+def test_lines_between_two_empty_texts_are_entries_of_their_own():
+    """Other lines between the same two texts are one entry."""
+    read = lambda i, left: as_sentence({"text": f"line {i}", "a": left, "b": ""}, "text", None, (), "here", ("a", "b"))
+    alone, same = [read(i, " ") for i in range(40)], [read(i, "once") for i in range(40)]
+    assert {one.keys for one in alone} == {()} and {one.keys for one in same} == {("once\n",)}
+    train, held_out = split(alone, 0.3, 0, Counter())
+    assert len(train) + len(held_out) == 40 and len(held_out) > 3
+    assert 0 in map(len, split(same, 0.3, 0, Counter()))
 
 
 def test_a_data_set(wordnet):

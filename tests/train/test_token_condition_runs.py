@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flowmap
+from flowmap.data.dataset import Dataset
+from flowmap.evaluation.conditions import condition_labels
 from flowmap.metrics.text_conditioned import TagHit
 from flowmap.recipe import read_recipe
+from flowmap.student.config import TextLatents
 
 ROWS = [
     {"left": f"{word} came", "text": f"then {word} saw {other}", "right": f"and {other} left", "tags": tags}
@@ -94,6 +98,24 @@ def test_every_condition_changes_the_sample_and_rows_are_independent(student):
     assert all((nothing[key] == -1).all() for key in ("left", "right", "tags"))
 
 
+def test_rows_of_a_table_name_their_tags_and_sides(student):
+    data = Dataset("few", torch.zeros(3, 2, 4), torch.zeros(0, 2, 4))
+    found = condition_labels(student, data, student.conditions(2, {**ASKED, "left": ["cat came", ""]}), 2)
+    assert found == [
+        "left=cat came, right=and pigs left, tags=RB NN VBD NNS", "right=and pigs left, tags=RB NN VBD NNS"
+    ]  # fmt: skip
+    assert condition_labels(student, data, student.conditions(2), 2) == ["", ""]
+
+
+def test_sides_that_are_latents_are_named_as_they_are_decoded():
+    sentences = TextLatents(contexts=("left", "right"))
+    config = SimpleNamespace(text=None, sentences=sentences, text_autoencoder=None)
+    student = SimpleNamespace(config=config, sentences=lambda rows: [f"{len(row)} of {row.sum():g}" for row in rows])
+    cond = {"left": torch.ones(2, 3), "right": torch.tensor([[0.0, 0, 0], [0, 2, 0]])}
+    data = Dataset("few", torch.zeros(3, 3), torch.zeros(0, 3))
+    assert condition_labels(student, data, cond, 2) == ["left=3 of 3", "left=3 of 3, right=3 of 2"]
+
+
 def test_what_is_asked_wrongly_is_named(student):
     for cond, says in (
         ({"left": "cat came"}, 'right: is missing; left and right go together, "" for an empty one'),
@@ -126,8 +148,6 @@ def test_a_network_without_attention_is_refused(place, command):
 
 
 def test_tags_are_compared_with_the_sentence(student):
-    from types import SimpleNamespace
-
     pytest.importorskip("textblob")
     data = SimpleNamespace(token_conditions=student.config.sentences.token_conditions, texts=(), middles=None)
     metric = TagHit()

@@ -112,7 +112,7 @@ class TextFiles:
     Lines of .txt have the attribute "file", the file's name without its suffix (yelp/positive.txt: "positive"). key:
     the column of a .jsonl that names the entry of a sentence, so that entries are not split. left, right: the columns
     of a .jsonl with the texts before and after `text`, for data.infill; without a key, sentences between the same two
-    texts are one entry.
+    texts are one entry, unless both texts are empty.
     """
 
     root: str = "???"
@@ -260,7 +260,8 @@ def as_sentence(
     )
     given = {name: str(row[name]) for name in wanted if row.get(name) is not None}
     around = None if sides is None else (one_line(row[sides[0]]), one_line(row[sides[1]]))
-    entry = str(row[key]) if key is not None and row.get(key) is not None else around and "\n".join(around)
+    between = "\n".join(around) if around is not None and any(around) else None  # two empty texts are no entry
+    entry = str(row[key]) if key is not None and row.get(key) is not None else between
     return Sentence(one_line(row[text]), given, () if entry is None else (entry,), around)
 
 

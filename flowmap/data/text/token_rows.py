@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmap.base.tagger import tagged
-from flowmap.data.text.tokens import Tokens
+from flowmap.data.text.tokens import PairTokens, Tokens
 
 LEFT, RIGHT, TAGS = "left", "right", "tags"
 TAGGER = "tagger"  # of data.tags: the tags are those of base/tagger.py
@@ -52,6 +52,16 @@ def side_rows(tokens: Tokens, texts: Sequence[str], side: str, length: int) -> t
         kept = torch.tensor(ids[-length:] if side == LEFT else ids[:length])
         (row[length - len(kept) :] if side == LEFT else row[: len(kept)]).copy_(kept)
     return rows, torch.tensor(cut, dtype=torch.bool)
+
+
+def texts_of_rows(condition: TokenCondition, rows: Tensor, tokens: Tokens | None) -> list[str]:
+    """What rows (N, length) say: text by the autoencoder's tokenizer, or tags with spaces between them; "" for none."""
+    if condition.values:
+        return [" ".join(condition.values[i] for i in row if i >= 0) for row in rows.tolist()]
+    assert tokens is not None, "rows of words are of a student with a text autoencoder"
+    fast = (tokens.decoder if isinstance(tokens, PairTokens) else tokens).fast
+    kept = [[i for i in row if i >= 0 and i not in tokens.special] for row in rows.tolist()]
+    return [text.strip() for text in fast.decode_batch(kept, skip_special_tokens=True)]
 
 
 def tags_of(text: str) -> list[str]:
