@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmap.cli.arguments import device_of
+from flowmap.cli.arguments import check_figures, device_of
 from flowmap.cli.terminal import log
 
 if TYPE_CHECKING:
@@ -41,39 +41,43 @@ def refuse(a: argparse.Namespace) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.base.files import check_writable, write_json, write_text
-    from flowmap.evaluation.coco import beside, figures_page
-    from flowmap.evaluation.coco_rows import CocoRows
     from flowmap.student.folder import load_student
 
     student = load_student(a.student, base=a.base, quantize=a.quantize)
     coco = _asked(a, student)
-    steps = a.steps or list(student.config.sampler.steps)
-    teacher = _teacher(a, student)
+    steps, missing = a.steps or list(student.config.sampler.steps), coco.lacking()
     if a.dry_run:
-        missing = coco.lacking()
-        print(
-            "\n".join([*_plan(coco, student, steps, teacher), *(f"missing on this machine: {one}" for one in missing)])
-        )
+        lines = [
+            *_plan(coco, student, steps, _teacher(a, student)),
+            *(f"missing on this machine: {one}" for one in missing),
+        ]
+        print("\n".join(lines))
         return 3 if missing else 0
-    out = Path(a.out)
-    check_writable(out.parent, "--out")
-    if missing := coco.lacking():
+    if missing:
         raise ValueError(missing[0])
+    _check_files(Path(a.out), coco)
     student.to(device_of(a.device))
-    teacher = None if teacher is None else replace(teacher, built=teacher.built.to(student.device))
-    captions, page_file = beside(out, "captions.txt"), beside(out, "figures.md")
+    print(_measure(a, coco, student, steps), end="")
+    return 0
+
+
+def _measure(a: argparse.Namespace, coco: Coco, student: Student, steps: list[int]) -> str:
+    """Measure the rows and write the figures; returns the page of them."""
+    from flowmap.base.files import write_json, write_text
+    from flowmap.evaluation.coco import beside, figures_page
+    from flowmap.evaluation.coco_rows import CocoRows
+
+    out, teacher = Path(a.out), _teacher(a, student)
+    captions = beside(out, "captions.txt")
     coco.write_captions(captions)
     log(f"captions: {captions}")
     rows = CocoRows(student, coco, _reference(coco, student), out, a.guidance, _seed(a, student), log)
     measured = rows.measure(steps, teacher)
     write_json(out, measured)
-    names = [name for name in (coco.key, coco.clip_key) if name is not None]
-    page = figures_page(measured, names)
-    write_text(page_file, page)
+    page = figures_page(measured, [name for name in (coco.key, coco.clip_key) if name is not None])
+    write_text(beside(out, "figures.md"), page)
     rows.forget()
-    print(page, end="")
-    return 0
+    return page
 
 
 def _asked(a: argparse.Namespace, student: Student) -> Coco:
@@ -92,6 +96,23 @@ def _asked(a: argparse.Namespace, student: Student) -> Coco:
         raise ValueError(f"--images: {a.images} must be 2 or more")
     coco = coco if a.images is None else replace(coco, images=a.images)
     return coco if a.clip is None else replace(coco, clip=None if a.clip == "none" else a.clip)
+
+
+def _check_files(out: Path, coco: Coco) -> None:
+    """Raise ValueError if one of the files to write cannot be written, or is there and is no earlier result of this.
+
+    Captions that are the same are an earlier result too: of a measurement that was interrupted.
+    """
+    from flowmap.base.files import check_writable
+    from flowmap.evaluation.coco import beside
+
+    check_writable(out.parent, "--out")
+    check_figures(out, protocol=True)
+    captions, page = beside(out, "captions.txt"), beside(out, "figures.md")
+    again = out.is_file()
+    for path, same in ((captions, lambda: again or coco.wrote(captions)), (page, lambda: again)):
+        if path.exists() and not (path.is_file() and same()):
+            raise ValueError(f"--out: {path} is there, and {out} is no earlier result; choose another file")
 
 
 def _teacher(a: argparse.Namespace, student: Student) -> LoadedTeacher | None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.cli.coco import _plan, _reference
+from flowmap.cli.arguments import check_figures
+from flowmap.cli.coco import _check_files, _plan, _reference
 from flowmap.evaluation.coco import Coco, calls_of, figures_page, squared
 from flowmap.evaluation.coco_rows import CocoRows
 from flowmap.evaluation.conditions import captions_in
@@ -154,6 +155,34 @@ def test_what_is_missing_is_named_before_anything_is_drawn(coco, demo, tmp_path,
     assert "features 'inception' needs" in out and "clip_score needs" in out
     code, _, err = command(*words, coco.root, "--images", 40, "--clip", "none", "--out", tmp_path / "coco.json")
     assert code == 2 and "features 'inception' needs" in err and not (tmp_path / "coco.json").exists()
+
+
+@pytest.mark.parametrize("taken", ["coco.json", "coco-captions.txt", "coco-figures.md"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_there_and_no_earlier_result_is_not_replaced(coco, demo, tmp_path, monkeypatch, command, taken, folder):
+    monkeypatch.setattr("flowmap.student.folder.load_student", lambda *_, **__: demo.student)
+    monkeypatch.setattr(CocoRows, "measure", lambda *_: pytest.fail("nothing is measured"))
+    monkeypatch.setattr(Coco, "lacking", lambda _: [])
+    mine = tmp_path / taken
+    mine.mkdir() if folder else mine.write_text('{"student": {}}')
+    words = ("--images", 40, "--clip", "none", "--out", tmp_path / "coco.json")
+    code, _, err = command("evaluate", "--student", "any", "--protocol", "coco30k", "--coco", coco.root, *words)
+    assert code == 2 and f"--out: {mine} is there" in err and len(err.splitlines()) == 1
+    assert folder or mine.read_text() == '{"student": {}}'
+    assert [path.name for path in tmp_path.glob("coco*")].count("coco-captions.txt") == (taken == "coco-captions.txt")
+
+
+def test_an_interrupted_measurement_and_an_earlier_result_are_replaced(coco, tmp_path):
+    out = tmp_path / "coco.json"
+    coco.write_captions(tmp_path / "coco-captions.txt")
+    _check_files(out, coco)
+    with pytest.raises(ValueError, match="coco-captions.txt is there"):
+        _check_files(out, replace(coco, images=30))
+    out.write_text('{"protocol": {}, "student": {}}')
+    (tmp_path / "coco-figures.md").touch()
+    _check_files(out, replace(coco, images=30))
+    with pytest.raises(ValueError, match="has no figures of a student"):
+        check_figures(out)
 
 
 @pytest.mark.parametrize(
