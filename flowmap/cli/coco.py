@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmap.cli.arguments import check_figures, device_of
+from flowmap.cli.arguments import check_figures, given_student
 from flowmap.cli.terminal import log
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def refuse(a: argparse.Namespace) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.student.folder import load_student
-
-    student = load_student(a.student, base=a.base, quantize=a.quantize)
+    student = given_student(a)
     coco = _asked(a, student)
     steps, missing = a.steps or list(student.config.sampler.steps), coco.lacking()
     if a.dry_run:
@@ -56,7 +54,6 @@ def run(a: argparse.Namespace) -> int:
     if missing:
         raise ValueError(missing[0])
     _check_files(Path(a.out), coco)
-    student.to(device_of(a.device))
     print(_measure(a, coco, student, steps), end="")
     return 0
 

@@ -72,7 +72,8 @@ class CocoRows:
             found["teacher"] = {"nfe": nfe["teacher"], "steps": teacher.steps, **row}
         protocol = {**self.coco.stamp(), "seed": self.seed, "reference": self.reference.count}
         rounded = {key: round(value, 4) for key, value in seconds.items()}
-        return {"protocol": protocol, **found, "seconds": rounded, "nfe": nfe}
+        measured: dict[str, Any] = {"protocol": protocol, **found, "seconds": rounded, "nfe": nfe}
+        return measured | self.student.quantized_json()
 
     def forget(self) -> None:
         """Remove the sums of the rows that were measured, once their figures are written."""
@@ -147,6 +148,7 @@ class CocoRows:
         """All that a row's samples and sums depend on."""
         config = self.student.config
         settings = [repr(config.sampler), repr(config.tuned), self.seed, scale, label, config.recipe_hash, config.step]
+        settings += [self.student.quantized] if self.student.quantized else []
         return {**self.coco.stamp(), "weights": weights_hash(self.student.folder), "settings": settings}
 
     @property

@@ -98,6 +98,15 @@ def test_a_row_that_was_cut_off_is_continued_to_the_bit(coco, demo, tmp_path, mo
     assert blocks[4:] == [0, 16, 32], "another row begins anew"
 
 
+def test_a_row_is_not_continued_with_quantised_weights(coco, demo, tmp_path, monkeypatch):
+    whole = rows_of(demo, coco, tmp_path / "work").measure([1], None)
+    count = len(demo.student.flow_map.seen)
+    monkeypatch.setattr(type(demo.student), "quantized", "nf4")
+    measured = rows_of(demo, coco, tmp_path / "work").measure([1], None)
+    assert len(demo.student.flow_map.seen) == 2 * count, "all samples are drawn again"
+    assert "quantized" not in whole and measured["quantized"] == {"format": "nf4", "weight_bytes": 4}
+
+
 def test_only_the_sums_of_its_own_rows_are_removed(coco, demo, tmp_path):
     for mine in (tmp_path / "work-mine.safetensors", tmp_path / "work" / "model.safetensors"):
         mine.parent.mkdir(exist_ok=True)
