@@ -41,30 +41,46 @@ def refuse(a: argparse.Namespace) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    student = given_student(a)
+    from flowmap.evaluation.columns import teacher_or_none
+    from flowmap.student.folder import load_student
+
+    student = load_student(a.student, base=a.base) if a.dry_run else given_student(a)
     coco = _asked(a, student)
     steps, missing = a.steps or list(student.config.sampler.steps), coco.lacking()
     if a.dry_run:
-        lines = [
-            *_plan(coco, student, steps, _teacher(a, student)),
-            *(f"missing on this machine: {one}" for one in missing),
-        ]
-        print("\n".join(lines))
-        return 3 if missing else 0
+        return _dry_run(a, coco, student, steps, missing)
     if missing:
         raise ValueError(missing[0])
     _check_files(Path(a.out), coco)
-    print(_measure(a, coco, student, steps), end="")
+    teacher = teacher_or_none(student, a.teacher_steps, log, "row") if a.teacher else None
+    print(_measure(a, coco, student, steps, teacher), end="")
     return 0
 
 
-def _measure(a: argparse.Namespace, coco: Coco, student: Student, steps: list[int]) -> str:
+def _dry_run(a: argparse.Namespace, coco: Coco, student: Student, steps: list[int], missing: list[str]) -> int:
+    """Print the plan and what is missing, the teacher among it; returns the exit status."""
+    from flowmap.evaluation.columns import NoTeacher, teacher_without_weights
+
+    teacher = None
+    try:
+        if a.teacher:
+            teacher, lines = teacher_without_weights(student, a.teacher_steps)
+            missing = [*missing, *lines]
+    except NoTeacher as error:
+        log(f"no teacher's row: {error}")
+    print("\n".join([*_plan(coco, student, steps, teacher), *(f"missing on this machine: {one}" for one in missing)]))
+    return 3 if missing else 0
+
+
+def _measure(
+    a: argparse.Namespace, coco: Coco, student: Student, steps: list[int], teacher: LoadedTeacher | None
+) -> str:
     """Measure the rows and write the figures; returns the page of them."""
     from flowmap.base.files import write_json, write_text
     from flowmap.evaluation.coco import beside, figures_page
     from flowmap.evaluation.coco_rows import CocoRows
 
-    out, teacher = Path(a.out), _teacher(a, student)
+    out = Path(a.out)
     captions = beside(out, "captions.txt")
     coco.write_captions(captions)
     log(f"captions: {captions}")
@@ -88,6 +104,8 @@ def _asked(a: argparse.Namespace, student: Student) -> Coco:
         raise ValueError("--protocol: this student is not conditioned on text")
     if any(k < 1 for k in a.steps or ()):
         raise ValueError(f"--steps: {min(a.steps)} must be 1 or more")
+    if a.teacher_steps is not None and a.teacher_steps < 1:
+        raise ValueError(f"--teacher-steps: {a.teacher_steps} must be 1 or more")
     coco = Coco(Path(a.coco), weights=a.weights)
     if a.images is not None and a.images < 2:
         raise ValueError(f"--images: {a.images} must be 2 or more")
@@ -110,18 +128,6 @@ def _check_files(out: Path, coco: Coco) -> None:
     for path, same in ((captions, lambda: again or coco.wrote(captions)), (page, lambda: again)):
         if path.exists() and not (path.is_file() and same()):
             raise ValueError(f"--out: {path} is there, and {out} is no earlier result; choose another file")
-
-
-def _teacher(a: argparse.Namespace, student: Student) -> LoadedTeacher | None:
-    from flowmap.evaluation.columns import load_teacher
-
-    if not a.teacher:
-        return None
-    try:
-        return load_teacher(student, steps=a.teacher_steps)
-    except ValueError as error:
-        log(f"no teacher's row: {error}")
-        return None
 
 
 def _seed(a: argparse.Namespace, student: Student) -> int:

@@ -112,7 +112,7 @@ def run(a: argparse.Namespace) -> int:
 
 def _grid(a: argparse.Namespace, student: Student) -> Path:
     """Draw the grid; returns its path."""
-    from flowmap.evaluation.columns import load_teacher
+    from flowmap.evaluation.columns import teacher_or_none
     from flowmap.evaluation.condition_grid import check_grid, condition_grid, prompts_in
 
     names = "gamma solver reward inpaint interpolate refiner prompt texts label compile guidance_interval".split()
@@ -121,12 +121,7 @@ def _grid(a: argparse.Namespace, student: Student) -> Path:
         raise ValueError(f"--{option}: does not go with --grid, which takes --prompts, --num, --steps and --guidance")
     prompts = None if a.prompts is None else prompts_in(a.prompts)
     check_grid(student, prompts, a.num)
-    teacher = None
-    if a.teacher:
-        try:
-            teacher = load_teacher(student, steps=a.teacher_steps)
-        except ValueError as error:
-            log(f"no teacher's column: {error}")
+    teacher = teacher_or_none(student, a.teacher_steps, log) if a.teacher else None
     options: dict[str, Any] = dict(steps=a.steps, guidance=a.guidance, seed=a.seed or 0)
     return condition_grid(student, a.out, prompts=prompts, num=a.num, teacher=teacher, **options)
 

@@ -166,6 +166,23 @@ def test_what_is_missing_is_named_before_anything_is_drawn(coco, demo, tmp_path,
     assert code == 2 and "features 'inception' needs" in err and not (tmp_path / "coco.json").exists()
 
 
+def test_a_dry_run_loads_no_teacher_and_a_missing_one_counts_as_missing(coco, demo, monkeypatch, command):
+    monkeypatch.setattr("flowmap.student.folder.load_student", lambda *_, **__: demo.student)
+    monkeypatch.setattr("flowmap.evaluation.columns.build_teacher", lambda *_: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(Coco, "lacking", lambda _: [])
+    rows = []
+    monkeypatch.setattr("flowmap.cli.coco._plan", lambda *given: rows.append(given[-1]) or [])
+    words = ("evaluate", "--student", "any", "--protocol", "coco30k", "--coco", coco.root, "--dry-run")
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: False)
+    code, out, _ = command(*words, "--teacher-steps", 5)
+    assert code == 3 and out.startswith("missing on this machine: 'sd15'") and len(out.splitlines()) == 1
+    assert rows[0].label == "teacher, 5 steps" and rows[0].built.calls(5) == 10, "with classifier-free guidance"
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: True)
+    assert command(*words)[0] == 0
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: False)
+    assert command(*words, "--no-teacher")[0] == 0 and rows[-1] is None
+
+
 @pytest.mark.parametrize("taken", ["coco.json", "coco-captions.txt", "coco-figures.md"])
 @pytest.mark.parametrize("folder", [True, False])
 def test_what_is_there_and_no_earlier_result_is_not_replaced(coco, demo, tmp_path, monkeypatch, command, taken, folder):
@@ -200,6 +217,7 @@ def test_an_interrupted_measurement_and_an_earlier_result_are_replaced(coco, tmp
         (("--images", 5), "--images: goes with --protocol"),
         (("--protocol", "coco30k"), "--protocol: wants --coco DIR"),
         (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--metrics", "frechet"), "--metrics, --anew: do not go"),
+        (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--teacher-steps", 0), "--teacher-steps: 0 must be 1"),
         (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--images", 1), "--images: 1 must be 2 or more"),
     ],
 )

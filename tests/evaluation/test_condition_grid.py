@@ -9,8 +9,10 @@ import torch
 from PIL import Image, ImageChops
 
 from flowmap.base.images import labelled_grid, to_tiles
-from flowmap.evaluation.columns import solved
+from flowmap.base.schema import RecipeError
+from flowmap.evaluation.columns import solved, teacher_or_none
 from flowmap.evaluation.condition_grid import condition_grid, prompts_in
+from flowmap.recipe import read_recipe
 from flowmap.student.config import TextLatents
 from tests.support.coco import Lengths
 from tests.support.straight_page import NAMES, ends, straight_demo
@@ -101,6 +103,26 @@ def test_the_command_draws_the_grid_and_refuses_what_it_ignores(tmp_path, monkey
     for more, says in (
         (("--grid", "--gamma", 0.5), "--gamma: does not go with --grid"),
         (("--num", 3), "leave --prompt"),
+        (("--grid", "--teacher-steps", 0), "--teacher-steps: 0 must be 1 or more"),
     ):
         code, _, err = command(*words, *more, "--out", tmp_path / "no")
         assert code == 2 and says in err
+
+
+def test_only_a_missing_teacher_is_left_out(monkeypatch, tmp_path):
+    demo, lines = with_text(), []
+    demo.student.folder = tmp_path
+    (tmp_path / "recipe.yaml").write_text(read_recipe("sd15", ["data.images.root=pictures"]).to_yaml())
+
+    def failing(error):
+        def build(run):
+            raise error
+
+        monkeypatch.setattr("flowmap.evaluation.columns.build_teacher", build)
+
+    failing(RecipeError("sd15: teacher: is not here"))
+    assert teacher_or_none(demo.student, None, lines.append) is None
+    assert lines == ["no teacher's column: sd15: teacher: is not here"]
+    failing(ValueError("model.safetensors: is torn"))
+    with pytest.raises(ValueError, match="is torn"):
+        teacher_or_none(demo.student, None, lines.append)
