@@ -104,6 +104,13 @@ def test_the_command_draws_the_grid_and_refuses_what_it_ignores(tmp_path, monkey
         (("--grid", "--gamma", 0.5), "--gamma: does not go with --grid"),
         (("--num", 3), "leave --prompt"),
         (("--grid", "--teacher-steps", 0), "--teacher-steps: 0 must be 1 or more"),
+        (("--grid", "--gamma", 0), "--gamma: does not go with --grid"),
+        (("--grid", "--tilt", "particles=2"), "--tilt: does not go with --grid"),
+        (("--grid", "--attribute", "kind=a"), "--attribute: does not go with --grid"),
+        (("--grid", "--negative-prompt", "x"), "--negative-prompt: does not go with --grid"),
+        (("--grid", "--reverse"), "--reverse: does not go with --grid"),
+        (("--teacher-steps", 4), "--teacher-steps: goes with --grid"),
+        (("--no-teacher",), "--no-teacher: goes with --grid"),
     ):
         code, _, err = command(*words, *more, "--out", tmp_path / "no")
         assert code == 2 and says in err
