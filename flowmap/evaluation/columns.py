@@ -186,8 +186,14 @@ def solved(
     batch_size: int = BATCH,
 ) -> Tensor | list[str]:
     """The teacher's samples from the noise and the conditions of student.sample(num, ...), decoded as the student's."""
-    x1, rows = starts_of(student, num, cond, guidance, seed)
-    parts = [slice(i, i + batch_size) for i in range(0, num, batch_size)]
+    return solved_from(student, teacher, *starts_of(student, num, cond, guidance, seed), batch_size=batch_size)
+
+
+def solved_from(
+    student: Student, teacher: LoadedTeacher, x1: Tensor, rows: Cond, *, batch_size: int
+) -> Tensor | list[str]:
+    """The teacher's samples from the start points x1 (N, *shape) and their conditions, decoded as the student's."""
+    parts = [slice(i, i + batch_size) for i in range(0, len(x1), batch_size)]
     own = lambda part: {key: value[part] for key, value in rows.items()}
     x0 = torch.cat([teacher.built.solve(x1[part], own(part), teacher.steps) for part in parts])
     return student.pictures(x0) if student.config.text_autoencoder is None else student.sentences(x0)

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from flowmap.base.images import labelled_grid, to_tiles
 from flowmap.base.schema import RecipeError
 from flowmap.evaluation.columns import solved, teacher_or_none
-from flowmap.evaluation.condition_grid import condition_grid, prompts_in
+from flowmap.evaluation.condition_grid import _conditions, condition_grid, prompts_in
 from flowmap.recipe import read_recipe
 from flowmap.student.config import TextLatents
 from tests.support.coco import Lengths
@@ -55,6 +55,12 @@ def test_classes_are_in_turn_and_no_more_than_asked_for(tmp_path):
     assert demo.student.flow_map.seen[-1]["class"].tolist() == [0, 1, 2, 0, 1]
     condition_grid(demo.student, tmp_path, steps=(1,))
     assert demo.student.flow_map.seen[-1]["class"].tolist() == [0, 1, 2]
+
+
+def test_a_class_without_a_name_is_labelled_by_its_number():
+    labels = lambda **more: _conditions(straight_demo(num_classes=3, **more).student, None, 4)[1]
+    assert labels() == ["class 0", "class 1", "class 2", "class 0"]
+    assert labels(class_names=NAMES) == [*NAMES, NAMES[0]]
 
 
 def test_the_teacher_is_solved_in_batches_from_the_same_noise():
