@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -95,3 +97,18 @@ def part_of(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and count.isdecimal()):
         raise ValueError(f"--shard: {text!r} is not of the form I/N, such as 0/4")
     return int(first), int(count)
+
+
+def check_figures(path: Path, *, protocol: bool = False) -> None:
+    """Raise ValueError if the file of --out exists and is not one of a student's figures.
+
+    protocol: those of `evaluate --protocol`; neither kind replaces the other.
+    """
+    try:
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if "student" not in found or ("protocol" in found) != protocol:
+                raise ValueError
+    except (ValueError, TypeError, OSError):
+        what = "figures of --protocol" if protocol else "figures of a student"
+        raise ValueError(f"--out: {path} is there and has no {what}; choose another file") from None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmap.cli.arguments import given_student
+from flowmap.cli.arguments import check_figures, given_student
 from flowmap.cli.terminal import log
 
 if TYPE_CHECKING:
@@ -41,37 +41,56 @@ def refuse(a: argparse.Namespace) -> None:
 
 
 def run(a: argparse.Namespace) -> int:
-    from flowmap.base.files import check_writable, write_json, write_text
+    from flowmap.evaluation.columns import teacher_or_none
+    from flowmap.student.folder import load_student
+
+    student = load_student(a.student, base=a.base) if a.dry_run else given_student(a)
+    coco = _asked(a, student)
+    steps, missing = a.steps or list(student.config.sampler.steps), coco.lacking()
+    if a.dry_run:
+        return _dry_run(a, coco, student, steps, missing)
+    if missing:
+        raise ValueError(missing[0])
+    _check_files(Path(a.out), coco)
+    teacher = teacher_or_none(student, a.teacher_steps, log, "row") if a.teacher else None
+    print(_measure(a, coco, student, steps, teacher), end="")
+    return 0
+
+
+def _dry_run(a: argparse.Namespace, coco: Coco, student: Student, steps: list[int], missing: list[str]) -> int:
+    """Print the plan and what is missing, the teacher among it; returns the exit status."""
+    from flowmap.evaluation.columns import NoTeacher, teacher_without_weights
+
+    teacher = None
+    try:
+        if a.teacher:
+            teacher, lines = teacher_without_weights(student, a.teacher_steps)
+            missing = [*missing, *lines]
+    except NoTeacher as error:
+        log(f"no teacher's row: {error}")
+    print("\n".join([*_plan(coco, student, steps, teacher), *(f"missing on this machine: {one}" for one in missing)]))
+    return 3 if missing else 0
+
+
+def _measure(
+    a: argparse.Namespace, coco: Coco, student: Student, steps: list[int], teacher: LoadedTeacher | None
+) -> str:
+    """Measure the rows and write the figures; returns the page of them."""
+    from flowmap.base.files import write_json, write_text
     from flowmap.evaluation.coco import beside, figures_page
     from flowmap.evaluation.coco_rows import CocoRows
 
-    student = given_student(a)
-    coco = _asked(a, student)
-    steps = a.steps or list(student.config.sampler.steps)
-    teacher = _teacher(a, student)
-    if a.dry_run:
-        missing = coco.lacking()
-        print(
-            "\n".join([*_plan(coco, student, steps, teacher), *(f"missing on this machine: {one}" for one in missing)])
-        )
-        return 3 if missing else 0
     out = Path(a.out)
-    check_writable(out.parent, "--out")
-    if missing := coco.lacking():
-        raise ValueError(missing[0])
-    teacher = None if teacher is None else replace(teacher, built=teacher.built.to(student.device))
-    captions, page_file = beside(out, "captions.txt"), beside(out, "figures.md")
+    captions = beside(out, "captions.txt")
     coco.write_captions(captions)
     log(f"captions: {captions}")
     rows = CocoRows(student, coco, _reference(coco, student), out, a.guidance, _seed(a, student), log)
     measured = rows.measure(steps, teacher)
     write_json(out, measured)
-    names = [name for name in (coco.key, coco.clip_key) if name is not None]
-    page = figures_page(measured, names)
-    write_text(page_file, page)
+    page = figures_page(measured, [name for name in (coco.key, coco.clip_key) if name is not None])
+    write_text(beside(out, "figures.md"), page)
     rows.forget()
-    print(page, end="")
-    return 0
+    return page
 
 
 def _asked(a: argparse.Namespace, student: Student) -> Coco:
@@ -85,6 +104,8 @@ def _asked(a: argparse.Namespace, student: Student) -> Coco:
         raise ValueError("--protocol: this student is not conditioned on text")
     if any(k < 1 for k in a.steps or ()):
         raise ValueError(f"--steps: {min(a.steps)} must be 1 or more")
+    if a.teacher_steps is not None and a.teacher_steps < 1:
+        raise ValueError(f"--teacher-steps: {a.teacher_steps} must be 1 or more")
     coco = Coco(Path(a.coco), weights=a.weights)
     if a.images is not None and a.images < 2:
         raise ValueError(f"--images: {a.images} must be 2 or more")
@@ -92,16 +113,21 @@ def _asked(a: argparse.Namespace, student: Student) -> Coco:
     return coco if a.clip is None else replace(coco, clip=None if a.clip == "none" else a.clip)
 
 
-def _teacher(a: argparse.Namespace, student: Student) -> LoadedTeacher | None:
-    from flowmap.evaluation.columns import load_teacher
+def _check_files(out: Path, coco: Coco) -> None:
+    """Raise ValueError if one of the files to write cannot be written, or is there and is no earlier result of this.
 
-    if not a.teacher:
-        return None
-    try:
-        return load_teacher(student, steps=a.teacher_steps)
-    except ValueError as error:
-        log(f"no teacher's row: {error}")
-        return None
+    Captions that are the same are an earlier result too: of a measurement that was interrupted.
+    """
+    from flowmap.base.files import check_writable
+    from flowmap.evaluation.coco import beside
+
+    check_writable(out.parent, "--out")
+    check_figures(out, protocol=True)
+    captions, page = beside(out, "captions.txt"), beside(out, "figures.md")
+    again = out.is_file()
+    for path, same in ((captions, lambda: again or coco.wrote(captions)), (page, lambda: again)):
+        if path.exists() and not (path.is_file() and same()):
+            raise ValueError(f"--out: {path} is there, and {out} is no earlier result; choose another file")
 
 
 def _seed(a: argparse.Namespace, student: Student) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.cli import coco
-from flowmap.cli.arguments import given_student, guided_arguments
+from flowmap.cli.arguments import check_figures, given_student, guided_arguments
 from flowmap.cli.terminal import log, summary
 
 
@@ -35,18 +35,9 @@ def run(a: argparse.Namespace) -> int:
     coco.refuse(a)
     if a.out is not None:
         check_writable(Path(a.out).parent, "--out")
-        _check_figures(Path(a.out))
+        check_figures(Path(a.out))
     student = given_student(a)
     options: dict[str, Any] = dict(metrics=a.metrics, guidance=a.guidance, teacher=a.teacher, anew=a.anew)
     metrics = evaluate(student, a.steps, out=a.out, progress=log, **options)
     print(summary(metrics) if a.out else json.dumps(metrics, indent=2))
     return 0
-
-
-def _check_figures(path: Path) -> None:
-    """Raise ValueError if the file exists and is not one of a student's figures."""
-    try:
-        if path.exists() and "student" not in json.loads(path.read_text(encoding="utf-8")):
-            raise ValueError
-    except (ValueError, TypeError, OSError):
-        raise ValueError(f"--out: {path} is there and has no figures of a student; choose another file") from None

@@ -28,6 +28,9 @@ def run(a: argparse.Namespace) -> int:
 
         if a.out is not None:
             raise ValueError("--out: is the file of --to html; a report in W&B has an address")
+        if a.no_draw or a.device is not None:
+            given = "--no-draw" if a.no_draw else "--device"
+            raise ValueError(f"{given}: goes with --to html; a report in W&B has what the runs have drawn")
         print(write_wandb_report(a.runs))
         return 0
     from flowmap.compare.run_report import write_run_report

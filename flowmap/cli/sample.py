@@ -101,6 +101,8 @@ def run(a: argparse.Namespace) -> int:
         raise ValueError("--prompts: this student is not conditioned on text")
     if (a.inpaint is None) != (a.mask is None):
         raise ValueError("--inpaint and --mask: go together: a picture, and the mask of what is redrawn")
+    if not a.grid and (a.teacher_steps is not None or not a.teacher):
+        raise ValueError(f"--{'no-teacher' if not a.teacher else 'teacher-steps'}: goes with --grid")
     if a.grid:
         print(_grid(a, student))
         return 0
@@ -112,21 +114,15 @@ def run(a: argparse.Namespace) -> int:
 
 def _grid(a: argparse.Namespace, student: Student) -> Path:
     """Draw the grid; returns its path."""
-    from flowmap.evaluation.columns import load_teacher
+    from flowmap.evaluation.columns import teacher_or_none
     from flowmap.evaluation.condition_grid import check_grid, condition_grid, prompts_in
 
-    names = "gamma solver reward inpaint interpolate refiner prompt texts label compile guidance_interval".split()
-    if (given := next((name for name in names if getattr(a, name) is not None), None)) is not None:
-        option = {"label": "class"}.get(given, given).replace("_", "-")
-        raise ValueError(f"--{option}: does not go with --grid, which takes --prompts, --num, --steps and --guidance")
+    names = "gamma solver reward tilt inpaint mask interpolate refiner compile guidance_interval"
+    if (given := _given(a, f"{names} prompt negative_prompt label attribute texts reverse")) is not None:
+        raise ValueError(f"--{given}: does not go with --grid, which takes --prompts, --num, --steps and --guidance")
     prompts = None if a.prompts is None else prompts_in(a.prompts)
     check_grid(student, prompts, a.num)
-    teacher = None
-    if a.teacher:
-        try:
-            teacher = load_teacher(student, steps=a.teacher_steps)
-        except ValueError as error:
-            log(f"no teacher's column: {error}")
+    teacher = teacher_or_none(student, a.teacher_steps, log) if a.teacher else None
     options: dict[str, Any] = dict(steps=a.steps, guidance=a.guidance, seed=a.seed or 0)
     return condition_grid(student, a.out, prompts=prompts, num=a.num, teacher=teacher, **options)
 
@@ -210,7 +206,15 @@ def tilted(reward: Sequence[str] | None, tilt: Sequence[str]) -> Tilted | None:
 
 def _alone(a: argparse.Namespace) -> None:
     """Raise ValueError if --texts is given with an option that editing sentences ignores."""
-    names = "guidance gamma solver reward inpaint interpolate refiner prompt num seed compile".split()
-    given = next((name for name in names if getattr(a, name) is not None), None)
-    if given is not None:
+    names = "guidance gamma solver reward tilt inpaint interpolate refiner prompt num seed compile"
+    if (given := _given(a, names)) is not None:
         raise ValueError(f"--{given}: does not go with --texts, which takes --steps, --class and --attribute")
+
+
+def _given(a: argparse.Namespace, names: str) -> str | None:
+    """The first of these options that is given, as it is written; None without one."""
+    for name in names.split():
+        value = getattr(a, name)
+        if value is not None and value is not False and value != []:
+            return {"label": "class"}.get(name, name).replace("_", "-")
+    return None

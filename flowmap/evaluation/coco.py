@@ -75,7 +75,14 @@ class Coco:
 
     def write_captions(self, path: Path) -> None:
         """Write the captions, one a line, as the record of what was measured."""
-        write_text(path, "\n".join(self.captions()) + "\n")
+        write_text(path, self._lines())
+
+    def wrote(self, path: Path) -> bool:
+        """Whether the file is that record, byte by byte."""
+        return path.read_bytes() == self._lines().encode()
+
+    def _lines(self) -> str:
+        return "\n".join(self.captions()) + "\n"
 
     @property
     def reference(self) -> FolderImages:

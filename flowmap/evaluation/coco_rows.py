@@ -72,9 +72,8 @@ class CocoRows:
             found["teacher"] = {"nfe": nfe["teacher"], "steps": teacher.steps, **row}
         protocol = {**self.coco.stamp(), "seed": self.seed, "reference": self.reference.count}
         rounded = {key: round(value, 4) for key, value in seconds.items()}
-        form = self.student.quantized
-        held = {} if form is None else {"quantized": {"format": form, "weight_bytes": self.student.weight_bytes}}
-        return {"protocol": protocol, **found, **held, "seconds": rounded, "nfe": nfe}
+        measured: dict[str, Any] = {"protocol": protocol, **found, "seconds": rounded, "nfe": nfe}
+        return measured | self.student.quantized_json()
 
     def forget(self) -> None:
         """Remove the sums of the rows that were measured, once their figures are written."""

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from flowmap.base.images import steps_label
 from flowmap.base.precision import in_precision, wait_for
+from flowmap.base.progress import LogFunction
+from flowmap.base.schema import RecipeError
 from flowmap.build.teacher import BuiltTeacher, build_teacher, guided_by
 from flowmap.build.text import flow_alone
 from flowmap.evaluation.samples import BATCH, recipe_of
 from flowmap.flow.prior import conditioning_rows
 from flowmap.flow.types import Cond
-from flowmap.plan.plan import resolve
+from flowmap.plan.named_networks import missing_weights
+from flowmap.plan.plan import ResolvedRun, resolve
 from flowmap.recipe.recipe import Recipe
 from flowmap.recipe.settings import ClassifierFree
 from flowmap.student.folder import load_student
@@ -54,17 +57,19 @@ class LoadedTeacher:
         return steps_label("teacher", self.steps) + self.remark
 
 
+class NoTeacher(ValueError):
+    """The student's recipe has no teacher, or its weights are not on this machine."""
+
+
 def load_teacher(student: Student, folder: str | Path | None = None, *, steps: int | None = None) -> LoadedTeacher:
     """The teacher of the student's recipe with its guidance or, if `folder` is given, the network in that folder.
 
     folder: a student's or run's folder, or a hub id; of the recipe's guidance, only classifier-free guidance is
-    applied to it. steps: default evaluation.teacher_steps of the recipe. Raises a ValueError of one line if the
-    teacher's weights are not on this machine.
+    applied to it. steps: default evaluation.teacher_steps of the recipe. Raises NoTeacher, of one line, if the recipe
+    has none or the weights are not on this machine, and ValueError for a user's mistake.
     """
     recipe = recipe_of(student)
-    default = TEACHER_STEPS if recipe is None else recipe.evaluation.teacher_steps
-    if (steps := default if steps is None else steps) < 1:
-        raise ValueError(f"--teacher-steps: {steps} must be 1 or more")
+    steps = _steps(recipe, steps)
     if folder is not None:
         built, remark = _from_folder(student, recipe, folder)
     else:
@@ -74,12 +79,58 @@ def load_teacher(student: Student, folder: str | Path | None = None, *, steps: i
     return LoadedTeacher(built.to(student.device), steps, remark)
 
 
-def _from_recipe(student: Student, recipe: Recipe | None) -> BuiltTeacher:
+def teacher_or_none(
+    student: Student, steps: int | None, log: LogFunction, what: str = "column"
+) -> LoadedTeacher | None:
+    """The teacher of the student's recipe, or None and a line that says why its `what` is left out (NoTeacher)."""
+    try:
+        return load_teacher(student, steps=steps)
+    except NoTeacher as error:
+        log(f"no teacher's {what}: {error}")
+        return None
+
+
+def teacher_without_weights(student: Student, steps: int | None = None) -> tuple[LoadedTeacher, list[str]]:
+    """The teacher of the student's recipe, of which only label and calls are known, and lines on what is missing.
+
+    No network of it is loaded. Raises NoTeacher if the recipe has none.
+    """
+    recipe = recipe_of(student)
+    steps, run = _steps(recipe, steps), _run(student, recipe)
+    if (slot := run.recipe.teacher) is None:
+        raise NoTeacher(f"student: its recipe {run.recipe.name} has no teacher")
+    cards = (card for card in run.cards if card.kind not in ("recipe", "exact"))
+    missing = [line for card in cards if (line := missing_weights(card))]
+    for needed in run.teachers:
+        try:
+            run.finished(needed, "teacher.recipe")
+        except RecipeError as error:
+            missing.append(str(error))
+    none: Any = None  # the velocities, which are not asked
+    return LoadedTeacher(BuiltTeacher(guided_by(slot.guidance, none, none), None), steps), missing
+
+
+def _steps(recipe: Recipe | None, steps: int | None) -> int:
+    default = TEACHER_STEPS if recipe is None else recipe.evaluation.teacher_steps
+    if (steps := default if steps is None else steps) < 1:
+        raise ValueError(f"--teacher-steps: {steps} must be 1 or more")
+    return steps
+
+
+def _run(student: Student, recipe: Recipe | None) -> ResolvedRun:
     if recipe is None or student.folder is None:
-        raise ValueError("student: its folder has no recipe.yaml of this version, which names the teacher")
-    built = build_teacher(flow_alone(resolve(recipe), student.folder))
+        raise NoTeacher("student: its folder has no recipe.yaml of this version, which names the teacher")
+    return flow_alone(resolve(recipe), student.folder)
+
+
+def _from_recipe(student: Student, recipe: Recipe | None) -> BuiltTeacher:
+    run = _run(student, recipe)
+    try:
+        built = build_teacher(run)
+    except RecipeError as error:
+        raise NoTeacher(str(error)) from error
     if built is None:
-        raise ValueError(f"student: its recipe {recipe.name} has no teacher")
+        raise NoTeacher(f"student: its recipe {run.recipe.name} has no teacher")
     return built
 
 
@@ -135,8 +186,14 @@ def solved(
     batch_size: int = BATCH,
 ) -> Tensor | list[str]:
     """The teacher's samples from the noise and the conditions of student.sample(num, ...), decoded as the student's."""
-    x1, rows = starts_of(student, num, cond, guidance, seed)
-    parts = [slice(i, i + batch_size) for i in range(0, num, batch_size)]
+    return solved_from(student, teacher, *starts_of(student, num, cond, guidance, seed), batch_size=batch_size)
+
+
+def solved_from(
+    student: Student, teacher: LoadedTeacher, x1: Tensor, rows: Cond, *, batch_size: int
+) -> Tensor | list[str]:
+    """The teacher's samples from the start points x1 (N, *shape) and their conditions, decoded as the student's."""
+    parts = [slice(i, i + batch_size) for i in range(0, len(x1), batch_size)]
     own = lambda part: {key: value[part] for key, value in rows.items()}
     x0 = torch.cat([teacher.built.solve(x1[part], own(part), teacher.steps) for part in parts])
     return student.pictures(x0) if student.config.text_autoencoder is None else student.sentences(x0)

@@ -14,6 +14,7 @@ import torch
 from flowmap.base.images import labelled_grid, save_picture, to_tiles
 from flowmap.data.prompts import read_prompts
 from flowmap.evaluation.columns import LoadedTeacher, columns
+from flowmap.evaluation.conditions import class_label
 from flowmap.student.student import Student
 
 MOST = 64  # rows
@@ -78,5 +79,4 @@ def _conditions(student: Student, prompts: Sequence[str] | None, num: int | None
     if not classes:
         return {}, [f"noise {i}" for i in range(rows)]
     labels = [i % classes for i in range(rows)]
-    names = config.class_names or [str(i) for i in range(classes)]
-    return {"class": labels}, [names[i] for i in labels]
+    return {"class": labels}, [class_label(config, i) for i in labels]

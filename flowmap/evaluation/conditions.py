@@ -13,6 +13,7 @@ from flowmap.data.prompts import read_prompts
 from flowmap.data.text.token_rows import texts_of_rows
 from flowmap.flow.apportion import apportioned
 from flowmap.flow.types import Cond
+from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
 
 Captions = Callable[[Tensor], list[str]]  # places of an evaluation -> their captions
@@ -41,6 +42,11 @@ def classes_by_law(data: Dataset, law: str = "data") -> Callable[[int], Tensor] 
     return lambda num: apportioned(counts, num) - 1
 
 
+def class_label(config: StudentConfig, label: int) -> str:
+    """The name of a class, or "class 3"."""
+    return config.class_names[label] if config.class_names else f"class {label}"
+
+
 def condition_labels(student: Student, data: Dataset, cond: Cond, num: int) -> list[str]:
     """What each of the first `num` samples of `conditions_for` without captions is conditioned on, in words.
 
@@ -55,7 +61,7 @@ def condition_labels(student: Student, data: Dataset, cond: Cond, num: int) -> l
     for i, caption in enumerate(captions or ()):
         parts[i].append(caption)
     for i, label in enumerate(cond["class"][:num].tolist() if "class" in cond else ()):
-        parts[i] += [config.class_names[label] if config.class_names else f"class {label}"] if label >= 0 else []
+        parts[i] += [class_label(config, label)] if label >= 0 else []
     for one in config.sentences.attributes:
         for i, number in enumerate(cond[one.name][:num].tolist()):
             parts[i] += [f"{one.name}={one.values[number]}"] if number >= 0 else []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowmap.base.images import steps_label, to_grid
 from flowmap.base.progress import LogFunction
-from flowmap.evaluation.columns import Column, LoadedTeacher, columns, load_teacher
+from flowmap.evaluation.columns import Column, LoadedTeacher, columns, load_teacher, teacher_or_none
 from flowmap.student.conditions import class_of
 from flowmap.student.folder import load_student
 from flowmap.student.student import Student
@@ -111,10 +111,7 @@ def open_demo(
     student = student if isinstance(student, Student) else load_student(student)
     loaded = None
     if teacher is True:
-        try:
-            loaded = load_teacher(student, steps=teacher_steps)
-        except ValueError as error:
-            log(f"no teacher's column: {error}")
+        loaded = teacher_or_none(student, teacher_steps, log)
     elif teacher is not False:
         loaded = load_teacher(student, teacher, steps=teacher_steps)
     return Demo(student, loaded, tuple(steps))

@@ -13,8 +13,10 @@ from torch import Tensor
 from flowmap.base.images import to_grid, to_tiles
 from flowmap.build.teacher import BuiltTeacher
 from flowmap.data import Dataset
+from flowmap.evaluation.columns import LoadedTeacher, solved_from, starts_of
 from flowmap.evaluation.conditions import condition_labels, conditions_for
-from flowmap.flow.prior import Start, conditioning_rows
+from flowmap.evaluation.samples import BATCH
+from flowmap.flow.prior import Start
 from flowmap.flow.types import Cond
 from flowmap.recipe.recipe import Recipe
 from flowmap.student.student import Student
@@ -46,15 +48,13 @@ class FixedSamples:
 
     def of_teacher(self, teacher: BuiltTeacher, cond: Cond) -> Samples:
         """The teacher's samples in evaluation.teacher_steps steps."""
-        device = self.student.device
-        start = self.student.start(self.num, torch.Generator().manual_seed(self.seed))
-        if self._edited is not None:
-            start = Start(self._edited[0])
-        rows = {**cond, **conditioning_rows(start, slice(None), device)}
-        x0 = teacher.solve(start.x1.to(device), rows, self.recipe.evaluation.teacher_steps)
-        if self.student.config.text_autoencoder is not None:
-            return self.student.sentences(x0)
-        return self.student.pictures(x0)
+        loaded = LoadedTeacher(teacher, self.recipe.evaluation.teacher_steps)
+        if self._edited is None:
+            x1, rows = starts_of(self.student, self.num, cond, None, self.seed)
+        else:
+            x1, rows = self._edited[0].to(self.student.device), cond
+        size = min(BATCH, self.recipe.evaluation.batch_size)
+        return solved_from(self.student, loaded, x1, rows, batch_size=size)
 
     @property
     def sources(self) -> list[str] | None:

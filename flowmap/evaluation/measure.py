@@ -97,9 +97,7 @@ def measure(
     same = {key for key in stamp if known.get("stamp", {}).get(key) == stamp[key]}
     nfe: dict[str, Any] = {"student": {str(k): recipe.sampler.calls(k) for k in chosen}}
     of_student, seconds = _student_rows(rows, chosen, student.config.tuned_at, known if "student" in same else {})
-    result: dict[str, Any] = {"student": of_student, "stamp": stamp}
-    if student.quantized is not None:
-        result["quantized"] = {"format": student.quantized, "weight_bytes": student.weight_bytes}
+    result: dict[str, Any] = {"student": of_student, "stamp": stamp, **student.quantized_json()}
     if used := [one for one in student.config.tuned if one.steps in chosen]:
         result["tuned"] = tuned_json(
             tuple(one if guidance is None else replace(one, guidance=guidance) for one in used)

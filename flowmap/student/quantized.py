@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.quantized import check_available, check_format, form_of, quantize, quantized_layers
@@ -25,6 +26,12 @@ class Quantizable:
     def weight_bytes(self) -> int:
         """The bytes of the network's parameters as they are held."""
         return sum(p.nbytes for p in self.flow_map.parameters())
+
+    def quantized_json(self) -> dict[str, Any]:
+        """{"quantized": its format and bytes} of its figures; {} for a student loaded without `quantize`."""
+        if self.quantized is None:
+            return {}
+        return {"quantized": {"format": self.quantized, "weight_bytes": self.weight_bytes}}
 
     def check_whole(self) -> None:
         """Raise ValueError if the weights are quantised: codes are neither merged nor written to files."""

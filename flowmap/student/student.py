@@ -133,7 +133,7 @@ class Student(Sentences, OnHub, Quantizable):
         generator = torch.Generator().manual_seed(seed)
         if guidance is None and solver is None and "guidance" not in (cond or {}):
             guidance = self.config.scale_at(steps)
-        rows = self.conditions(num, cond, guidance)
+        rows = self.conditions(num, cond, guidance, batch_size)
         noise = generator.clone_state()
         start = self.start(num, generator, rows.pop("z", None))
         options = dict(gamma=gamma, solver=solver, batch_size=batch_size, progress=progress, latents=latents)
@@ -266,14 +266,14 @@ class Student(Sentences, OnHub, Quantizable):
         return None if self.config.text is None else self.config.text.load()
 
     def conditions(
-        self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None
+        self, num: int, cond: Mapping[str, Any] | None = None, guidance: float | None = None, batch_size: int = 256
     ) -> dict[str, Tensor]:
         """The user's conditions as tensors of `num` rows, checked. By default each class in turn, and the default
-        scale.
+        scale. batch_size: the texts that are encoded at once.
         """
         cond = dict(cond or {})
         self._check_conditions(cond, guidance)
-        rows = {} if self.config.text is None else self._text(num, cond)
+        rows = {} if self.config.text is None else self._text(num, cond, batch_size)
         if self.config.descriptions:
             rows |= described_by(self, num, cond)
         if "z" in cond and self.config.prior is not None:
@@ -325,7 +325,7 @@ class Student(Sentences, OnHub, Quantizable):
         )
         return self.conditions(num, {key: value for key, value in cond.items() if key in known}, guidance)
 
-    def _text(self, num: int, cond: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _text(self, num: int, cond: Mapping[str, Any], batch_size: int) -> dict[str, Tensor]:
         """The text conditions: prompts are encoded here, unless the caller has encoded them."""
         encoded = {key: cond[key].to(self.device) for key in ENCODED if key in cond}
         if encoded:
@@ -339,7 +339,9 @@ class Student(Sentences, OnHub, Quantizable):
         place = {one: i for i, one in enumerate(dict.fromkeys(prompts))}
         places = torch.tensor([place[one] for one in prompts], device=self.device)
         self.text.to(self.device)
-        return {key: value.to(self.device)[places] for key, value in self.text(list(place)).items()}
+        texts = list(place)
+        parts = [self.text(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        return {key: torch.cat([part[key].to(self.device) for part in parts])[places] for key in parts[0]}
 
     def _classes(self, num: int, label: Any, count: int) -> Tensor:
         if label is None:

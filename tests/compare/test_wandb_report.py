@@ -32,6 +32,9 @@ def logged_in(monkeypatch):
 def test_without_the_package_a_run_or_a_login_it_is_one_line(finished, logged_in, monkeypatch, command):
     import wandb
 
+    for more in (("--no-draw",), ("--device", "cpu")):
+        code, _, err = command("report", finished, "--to", "wandb", *more)
+        assert code == 2 and err.startswith(f"flowmap: {more[0]}: goes with --to html")
     code, _, err = command("report", finished, "--to", "wandb", "--out", "x.html")
     assert code == 2 and "--out: is the file of --to html" in err
     with pytest.raises(ValueError, match="has no W&B run"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flowmap
-from flowmap.cli.coco import _plan, _reference
+from flowmap.cli.arguments import check_figures
+from flowmap.cli.coco import _check_files, _plan, _reference
 from flowmap.evaluation.coco import Coco, calls_of, figures_page, squared
 from flowmap.evaluation.coco_rows import CocoRows
 from flowmap.evaluation.conditions import captions_in
@@ -97,16 +98,13 @@ def test_a_row_that_was_cut_off_is_continued_to_the_bit(coco, demo, tmp_path, mo
     assert blocks[4:] == [0, 16, 32], "another row begins anew"
 
 
-def test_a_row_of_quantised_weights_does_not_continue_that_of_whole_ones(coco, demo, tmp_path, monkeypatch):
+def test_a_row_is_not_continued_with_quantised_weights(coco, demo, tmp_path, monkeypatch):
     whole = rows_of(demo, coco, tmp_path / "work").measure([1], None)
-    original, blocks = CocoRows._block, []
-    monkeypatch.setattr(CocoRows, "_block", lambda self, *given: (blocks.append(given[2]), original(self, *given)))
-    assert rows_of(demo, coco, tmp_path / "work").measure([1], None)["student"] == whole["student"] and not blocks
+    count = len(demo.student.flow_map.seen)
     monkeypatch.setattr(type(demo.student), "quantized", "nf4")
     measured = rows_of(demo, coco, tmp_path / "work").measure([1], None)
-    assert blocks == [0, 16, 32], "its own row, from the first block on"
-    assert measured["quantized"] == {"format": "nf4", "weight_bytes": demo.student.weight_bytes}
-    assert "quantized" not in whole
+    assert len(demo.student.flow_map.seen) == 2 * count, "all samples are drawn again"
+    assert "quantized" not in whole and measured["quantized"] == {"format": "nf4", "weight_bytes": 4}
 
 
 def test_only_the_sums_of_its_own_rows_are_removed(coco, demo, tmp_path):
@@ -168,12 +166,58 @@ def test_what_is_missing_is_named_before_anything_is_drawn(coco, demo, tmp_path,
     assert code == 2 and "features 'inception' needs" in err and not (tmp_path / "coco.json").exists()
 
 
+def test_a_dry_run_loads_no_teacher_and_a_missing_one_counts_as_missing(coco, demo, monkeypatch, command):
+    monkeypatch.setattr("flowmap.student.folder.load_student", lambda *_, **__: demo.student)
+    monkeypatch.setattr("flowmap.evaluation.columns.build_teacher", lambda *_: pytest.fail("nothing is loaded"))
+    monkeypatch.setattr(Coco, "lacking", lambda _: [])
+    rows = []
+    monkeypatch.setattr("flowmap.cli.coco._plan", lambda *given: rows.append(given[-1]) or [])
+    words = ("evaluate", "--student", "any", "--protocol", "coco30k", "--coco", coco.root, "--dry-run")
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: False)
+    code, out, _ = command(*words, "--teacher-steps", 5)
+    assert code == 3 and out.startswith("missing on this machine: 'sd15'") and len(out.splitlines()) == 1
+    assert rows[0].label == "teacher, 5 steps" and rows[0].built.calls(5) == 10, "with classifier-free guidance"
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: True)
+    assert command(*words)[0] == 0
+    monkeypatch.setattr("flowmap.plan.named_networks.on_this_machine", lambda card: False)
+    assert command(*words, "--no-teacher")[0] == 0 and rows[-1] is None
+
+
+@pytest.mark.parametrize("taken", ["coco.json", "coco-captions.txt", "coco-figures.md"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_there_and_no_earlier_result_is_not_replaced(coco, demo, tmp_path, monkeypatch, command, taken, folder):
+    monkeypatch.setattr("flowmap.student.folder.load_student", lambda *_, **__: demo.student)
+    monkeypatch.setattr(CocoRows, "measure", lambda *_: pytest.fail("nothing is measured"))
+    monkeypatch.setattr(Coco, "lacking", lambda _: [])
+    mine = tmp_path / taken
+    mine.mkdir() if folder else mine.write_text('{"student": {}}')
+    words = ("--images", 40, "--clip", "none", "--out", tmp_path / "coco.json")
+    code, _, err = command("evaluate", "--student", "any", "--protocol", "coco30k", "--coco", coco.root, *words)
+    assert code == 2 and f"--out: {mine} is there" in err and len(err.splitlines()) == 1
+    assert folder or mine.read_text() == '{"student": {}}'
+    assert [path.name for path in tmp_path.glob("coco*")].count("coco-captions.txt") == (taken == "coco-captions.txt")
+
+
+def test_an_interrupted_measurement_and_an_earlier_result_are_replaced(coco, tmp_path):
+    out = tmp_path / "coco.json"
+    coco.write_captions(tmp_path / "coco-captions.txt")
+    _check_files(out, coco)
+    with pytest.raises(ValueError, match="coco-captions.txt is there"):
+        _check_files(out, replace(coco, images=30))
+    out.write_text('{"protocol": {}, "student": {}}')
+    (tmp_path / "coco-figures.md").touch()
+    _check_files(out, replace(coco, images=30))
+    with pytest.raises(ValueError, match="has no figures of a student"):
+        check_figures(out)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (("--images", 5), "--images: goes with --protocol"),
         (("--protocol", "coco30k"), "--protocol: wants --coco DIR"),
         (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--metrics", "frechet"), "--metrics, --anew: do not go"),
+        (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--teacher-steps", 0), "--teacher-steps: 0 must be 1"),
         (("--protocol", "coco30k", "--coco", ".", "--dry-run", "--images", 1), "--images: 1 must be 2 or more"),
     ],
 )

@@ -9,8 +9,10 @@ import torch
 from PIL import Image, ImageChops
 
 from flowmap.base.images import labelled_grid, to_tiles
-from flowmap.evaluation.columns import solved
-from flowmap.evaluation.condition_grid import condition_grid, prompts_in
+from flowmap.base.schema import RecipeError
+from flowmap.evaluation.columns import solved, teacher_or_none
+from flowmap.evaluation.condition_grid import _conditions, condition_grid, prompts_in
+from flowmap.recipe import read_recipe
 from flowmap.student.config import TextLatents
 from tests.support.coco import Lengths
 from tests.support.straight_page import NAMES, ends, straight_demo
@@ -53,6 +55,12 @@ def test_classes_are_in_turn_and_no_more_than_asked_for(tmp_path):
     assert demo.student.flow_map.seen[-1]["class"].tolist() == [0, 1, 2, 0, 1]
     condition_grid(demo.student, tmp_path, steps=(1,))
     assert demo.student.flow_map.seen[-1]["class"].tolist() == [0, 1, 2]
+
+
+def test_a_class_without_a_name_is_labelled_by_its_number():
+    labels = lambda **more: _conditions(straight_demo(num_classes=3, **more).student, None, 4)[1]
+    assert labels() == ["class 0", "class 1", "class 2", "class 0"]
+    assert labels(class_names=NAMES) == [*NAMES, NAMES[0]]
 
 
 def test_the_teacher_is_solved_in_batches_from_the_same_noise():
@@ -101,6 +109,33 @@ def test_the_command_draws_the_grid_and_refuses_what_it_ignores(tmp_path, monkey
     for more, says in (
         (("--grid", "--gamma", 0.5), "--gamma: does not go with --grid"),
         (("--num", 3), "leave --prompt"),
+        (("--grid", "--teacher-steps", 0), "--teacher-steps: 0 must be 1 or more"),
+        (("--grid", "--gamma", 0), "--gamma: does not go with --grid"),
+        (("--grid", "--tilt", "particles=2"), "--tilt: does not go with --grid"),
+        (("--grid", "--attribute", "kind=a"), "--attribute: does not go with --grid"),
+        (("--grid", "--negative-prompt", "x"), "--negative-prompt: does not go with --grid"),
+        (("--grid", "--reverse"), "--reverse: does not go with --grid"),
+        (("--teacher-steps", 4), "--teacher-steps: goes with --grid"),
+        (("--no-teacher",), "--no-teacher: goes with --grid"),
     ):
         code, _, err = command(*words, *more, "--out", tmp_path / "no")
         assert code == 2 and says in err
+
+
+def test_only_a_missing_teacher_is_left_out(monkeypatch, tmp_path):
+    demo, lines = with_text(), []
+    demo.student.folder = tmp_path
+    (tmp_path / "recipe.yaml").write_text(read_recipe("sd15", ["data.images.root=pictures"]).to_yaml())
+
+    def failing(error):
+        def build(run):
+            raise error
+
+        monkeypatch.setattr("flowmap.evaluation.columns.build_teacher", build)
+
+    failing(RecipeError("sd15: teacher: is not here"))
+    assert teacher_or_none(demo.student, None, lines.append) is None
+    assert lines == ["no teacher's column: sd15: teacher: is not here"]
+    failing(ValueError("model.safetensors: is torn"))
+    with pytest.raises(ValueError, match="is torn"):
+        teacher_or_none(demo.student, None, lines.append)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from PIL import Image
 
@@ -30,6 +32,15 @@ def test_student_and_teacher_end_where_the_lines_from_the_same_noise_end():
             fixed.of_teacher(demo.teacher.built, cond),
         ):
             torch.testing.assert_close(samples, ends(5, seed=3), atol=1e-5, rtol=0)  # float32, four additions
+
+
+def test_the_teacher_is_solved_in_batches_of_the_evaluation():
+    demo, fixed = watched(num_classes=3, class_names=NAMES)
+    fixed.recipe = fixed.recipe.changed(evaluation=replace(fixed.recipe.evaluation, batch_size=2))
+    samples = fixed.of_teacher(demo.teacher.built, fixed.conditions())
+    torch.testing.assert_close(samples, ends(5, seed=3), atol=1e-5, rtol=0)  # float32, four additions
+    classes = [cond["class"].tolist() for cond in demo.teacher.built.guided.seen]
+    assert classes[::4] == [[0, 1], [2, 0], [1]]
 
 
 def test_rows_have_step_seed_class_and_one_picture_a_column():

@@ -14,7 +14,9 @@ from flowmap.student.conditions import codes_of, texts_of
 from flowmap.student.config import Pixels, StudentConfig
 from flowmap.student.folder import load_student, save_student
 from flowmap.student.student import Student
+from tests.support.coco import Lengths
 from tests.support.random_student import random_student
+from tests.support.straight_page import straight_student
 
 CONFIG = StudentConfig(
     DiT(preset="nano", depth=1), Deterministic(), (3, 4, 6), num_classes=7, guidance=(1.0, 3.0, 1.5), recipe="r", step=9
@@ -196,3 +198,15 @@ def test_conditions_of_another_kind_are_one_line():
         with pytest.raises(ValueError, match=re.escape(says)):
             call()
     assert torch.equal(codes_of([[1, 2]], 1, 2), torch.tensor([[1.0, 2.0]]))
+
+
+def test_many_prompts_are_encoded_in_batches_each_once(monkeypatch):
+    student, sizes = straight_student(), []
+    student.config = replace(student.config, text=Lengths())
+    encode = Lengths.__call__
+    monkeypatch.setattr(Lengths, "__call__", lambda self, texts: sizes.append(len(texts)) or encode(self, texts))
+    prompts = ["a" * (i + 1) for i in (4, 0, 2, 2, 3, 1, 0, 5)]
+    student.sample(8, cond={"prompt": prompts}, batch_size=4)
+    assert sizes == [4, 2]
+    seen = torch.cat([cond["text"] for cond in student.flow_map.seen])
+    assert seen.flatten().tolist() == [float(len(one)) for one in prompts]
