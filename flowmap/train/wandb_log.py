@@ -154,14 +154,14 @@ class _Lasting(WandbLogger):
 
 @contextmanager
 def _data_in(folder: str | None) -> Iterator[None]:
-    """Keep the pictures of tables in FOLDER/wandb/data until they are uploaded, by default they lie in the user's home.
+    """Keep the pictures of tables in FOLDER/wandb/flowmap-tables until they are uploaded.
 
-    A folder of the user's, WANDB_DATA_DIR, has priority.
+    By default they lie in the user's home. A folder of the user's, WANDB_DATA_DIR, has priority.
     """
     if folder is None or DATA in os.environ:
         yield
         return
-    os.environ[DATA] = str(Path(folder).absolute() / "wandb" / "data")
+    os.environ[DATA] = str(Path(folder).absolute() / "wandb" / "flowmap-tables")
     try:
         yield
     finally:
