@@ -41,6 +41,16 @@ def test_the_version_is_the_distributions():
     )
 
 
+def test_no_extra_has_the_name_of_a_dependency_and_those_of_w_and_b_are_tested():
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert not {line.split(">")[0] for line in project["dependencies"]} & set(extras)
+    assert "panels" in extras["dev"][0] and "wandb-workspaces>=0.4" in extras["panels"]
+
+
 def test_dir_shows_the_public_names():
     import flowmap
 

@@ -11,7 +11,7 @@ from flowmap.cli.terminal import log
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "It needs matplotlib (the extra `bench`). Runs that are not finished are reported as such."
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    what = "html, one file, or wandb, a report in W&B (extra `wandb`, and a login; default: html)"
+    what = "html, one file, or wandb, a report in W&B (extra `panels`, and a login; default: html)"
     parser.add_argument("--to", choices=["html", "wandb"], default="html", help=what)
     parser.add_argument("--out", metavar="FILE.html", help="the file (default: report.html)")
     what = "load no student and no teacher: no trajectories, and only samples that the runs have drawn"

@@ -1,6 +1,6 @@
 """`flowmap report --to wandb`: a report in W&B of runs that are there, with figures, tables and panels.
 
-It is made by the package wandb-workspaces (extra `wandb`), and needs a login.
+It is made by the package wandb-workspaces (extra `panels`), and needs a login.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LABELS = {
     "teacher": "teacher, {steps} step{s}",
     "floor": "real against real",
 }
-INSTALL = "--to wandb: needs wandb-workspaces: pip install 'flowmap-distillation[wandb]'"
+INSTALL = "--to wandb: needs wandb-workspaces: pip install 'flowmap-distillation[panels]'"
 
 
 def write_wandb_report(folders: Sequence[str | Path]) -> str:
@@ -95,12 +95,15 @@ def _id(run: Finished) -> str:
 
 
 def _entity(project: str, ids: Sequence[str], runs: Sequence[Finished]) -> str:
-    """The owner of the runs. ValueError without a login, or if one of the runs is not in W&B."""
+    """The owner of the runs: that of W&B's settings, otherwise of the login.
+
+    ValueError without a login, or if one of the runs is not in W&B.
+    """
     import wandb
 
     try:
         api = wandb.Api()
-        entity = str(api.default_entity)
+        entity = str(api.settings["entity"] or api.default_entity)
     except Exception as error:  # no key, no network: W&B's errors have no common class
         raise ValueError(f"--to wandb: `wandb login` first ({first_line(error)})") from error
     for one, run in zip(ids, runs, strict=True):
@@ -108,5 +111,6 @@ def _entity(project: str, ids: Sequence[str], runs: Sequence[Finished]) -> str:
             api.run(f"{entity}/{project}/{one}")
         except Exception as error:
             there = f"`wandb sync {run.folder}/wandb/offline-run-*` uploads an offline one"
+            there += ", and WANDB_ENTITY=TEAM names the owner of another team's"
             raise ValueError(f"--to wandb: {entity}/{project} has no run {one} of {run.folder}; {there}") from error
     return entity

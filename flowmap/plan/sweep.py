@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from flowmap.base.schema import RecipeError, to_plain
-from flowmap.metrics import MMD, TRAIN, CLIPScore, Frechet, PrecisionRecall
+from flowmap.metrics import MMD, TRAIN, CLIPScore, Frechet, Infilled, PrecisionRecall, TagHit
 from flowmap.metrics.clip_score import score_key
 from flowmap.metrics.direction import direction
 from flowmap.metrics.features import short_name
+from flowmap.metrics.reference import HELD_OUT
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import Recipe, read_recipe
 
@@ -90,6 +91,8 @@ def sweep_of(
     fixed = [word for word in settings if _parameter(word) is None]
     if not parameters:
         raise ValueError("key=value: no setting has several values; write key=a,b,c or key=low..high")
+    if runs is not None and runs < 1:
+        raise ValueError(f"--runs: {runs} must be 1 or more")
     read = _checked(recipe, fixed, parameters)
     name = _metric(read, metric, steps)
     method = method or ("grid" if all(one.choices for one in parameters) else "bayes")
@@ -178,14 +181,18 @@ def _metric(recipe: Recipe, metric: str | None, steps: int | None) -> str:
     """The name of the figure, without its number of steps."""
     _steps(recipe, steps)
     nothing_held_out = to_plain(recipe.data, TABLES).get("held_out") == 0
-    names = [name + TRAIN * nothing_held_out for spec in recipe.metrics for name in _names(spec)]
+    with_file = lambda spec: getattr(spec, "reference_of", None) == HELD_OUT
+    alone = [nothing_held_out and spec.on_samples and not with_file(spec) for spec in recipe.metrics]
+    names = [name + TRAIN * only for spec, only in zip(recipe.metrics, alone, strict=True) for name in _names(spec)]
+    of_training = [name + TRAIN for spec in recipe.metrics if spec.on_samples for name in _names(spec)]
     if not names:
         raise ValueError("--metric: the recipe measures nothing that is known to be better low or high")
     if metric is None:
         return names[0]
-    if metric.removesuffix(TRAIN) not in [name.removesuffix(TRAIN) for name in names]:
+    found = [name for name in names if name.removesuffix(TRAIN) == metric.removesuffix(TRAIN)]
+    if not found:
         raise ValueError(f"--metric: {metric!r} is not one of {', '.join(names)}")
-    return metric
+    return metric if metric in (*names, *of_training) else found[0]
 
 
 def _names(spec: Any) -> Iterator[str]:
@@ -196,3 +203,7 @@ def _names(spec: Any) -> Iterator[str]:
         yield from (f"{name}_{short_name(spec.features)}" for name in ("precision", "recall"))
     elif isinstance(spec, CLIPScore):
         yield score_key(spec.model)
+    elif isinstance(spec, TagHit):
+        yield from ("tag_hit", "tags_exactly")
+    elif isinstance(spec, Infilled):
+        yield from ("infilled_bleu", "infilled_rouge_l", "infilled_exactly")

@@ -63,6 +63,7 @@ class Wanted:
     shared: bool
     clock: Clock | None
     extend: bool = False
+    needed: bool = False  # by the recipe of the command
 
 
 def fit(
@@ -167,11 +168,12 @@ def is_made(stage: Needed) -> bool:
 def _train_needed(stage: Stage, team: Team, label: str, waiting: Callable[[], None], log: LogFunction) -> None:
     """Train a stage, unless another command completes it while this one waits."""
     log(f"{label}: {stage.recipe.trainer.steps} steps -> {stage.folder}")
+    wanted = Wanted(resume=True, overwrite=False, shared=True, clock=None, needed=True)
     with _lock(team, stage.folder, waiting):
         if team.decide(lambda: stage.complete):
             log(f"{label}: complete in {stage.folder}, made by another process")
         else:
-            _train(stage, team, Wanted(resume=True, overwrite=False, shared=True, clock=None), False, label, log)
+            _train(stage, team, wanted, False, label, log)
 
 
 def _make_last(run: Stage, team: Team, wanted: Wanted, again: bool, log: LogFunction) -> None:
@@ -193,7 +195,15 @@ def _train(stage: Stage, team: Team, wanted: Wanted, again: bool, label: str, lo
         team.decide(lambda: repair(stage.folder, log))
     with team.group(devices * nodes, device_of(stage.recipe)) as member:
         if member:
-            run_stage(stage, resume=wanted.resume, overwrite=wanted.overwrite, again=again, log=log, clock=wanted.clock)
+            run_stage(
+                stage,
+                resume=wanted.resume,
+                overwrite=wanted.overwrite,
+                again=again,
+                needed=wanted.needed,
+                log=log,
+                clock=wanted.clock,
+            )
     team.wait(lambda missing: log(f"{label}: waiting for {missing} of {team.launch.world} processes"))
 
 

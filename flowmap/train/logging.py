@@ -16,16 +16,23 @@ from flowmap.base.progress import LogFunction
 from flowmap.plan.plan import Stage
 from flowmap.train.csv_log import CSVLog
 from flowmap.train.wandb_charts import Chart
-from flowmap.train.wandb_log import wandb_logger
+from flowmap.train.wandb_log import in_sweep, wandb_logger
 
 
-def loggers_of(stage: Stage, start: int, log: LogFunction) -> list[Any]:
-    """The loggers of a run that begins at step `start`; none in the processes other than the first."""
+def loggers_of(stage: Stage, start: int, log: LogFunction, *, needed: bool = False) -> list[Any]:
+    """The loggers of a run that begins at step `start`; none in the processes other than the first.
+
+    needed: it is trained because another recipe needs it. In a sweep it is not logged in W&B, which would record it in
+    the run of that recipe: the agent gives one id to all runs of the process.
+    """
     if is_child():
         return []
     table = CSVLog(stage.folder / "log.csv", keep_below=start)
     loggers: list[Any] = [table]
-    if stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled":
+    wanted = stage.recipe.log.wandb and os.environ.get("WANDB_MODE") != "disabled"
+    if wanted and needed and in_sweep():
+        log(f"W&B: {stage.recipe.name} is in log.csv alone: the sweep's run is of the recipe that needs it")
+    elif wanted:
         logger = wandb_logger(stage, start, log, table.rows)
         loggers += [] if logger is None else [logger]
     return loggers

@@ -54,7 +54,7 @@ WRITTEN = (
     "wandb/run-[0-9]*_[0-9]*-*",  # W&B's folders, each of one run
     "wandb/offline-run-[0-9]*_[0-9]*-*",
     "wandb/latest-run",
-    "wandb/data",  # the pictures of tables
+    "wandb/flowmap-tables",  # the pictures of tables; a name that only we write
     "wandb/debug*.log",
 )
 HEADS = tuple(dict.fromkeys(name.rpartition("/")[0] for name in WRITTEN))

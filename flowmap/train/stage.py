@@ -97,12 +97,12 @@ def device_of(recipe: Recipe) -> str:
 
 
 def run_stage(
-    stage: Stage, *, resume: bool, overwrite: bool, again: bool, log: LogFunction, clock: Clock | None
+    stage: Stage, *, resume: bool, overwrite: bool, again: bool, needed: bool, log: LogFunction, clock: Clock | None
 ) -> None:
     """Train the recipe into its folder and measure its student.
 
     resume: from the last checkpoint, if there is one. overwrite: replace the run in the folder. again: measure the
-    finished run again, without training. The caller has the lock on the folder.
+    finished run again, without training. needed: another recipe needs it. The caller has the lock on the folder.
     """
     recipe, folder = stage.recipe, stage.folder
     built = Built.of(stage, log)
@@ -123,7 +123,7 @@ def run_stage(
     try:
         if not is_child() and not again:
             _begin(stage, built, overwrite)
-        trainer.loggers = loggers_of(stage, start, log)
+        trainer.loggers = loggers_of(stage, start, log, needed=needed)
         for logger in trainer.loggers if checked else ():
             logger.log_metrics(checked, 0)
         _train(trainer, built.module, folder / LAST if start else None, clock)

@@ -64,6 +64,11 @@ def _logger(stage: Stage, start: int, log: LogFunction) -> _Lasting | None:
         return None
 
 
+def in_sweep() -> bool:
+    """Whether an agent of a W&B sweep has started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
 def close_wandb(code: int, *, preempted: bool = False) -> None:
     """Finish the run that is open in W&B, if any, so that the next run of this process is another.
 
@@ -149,14 +154,14 @@ class _Lasting(WandbLogger):
 
 @contextmanager
 def _data_in(folder: str | None) -> Iterator[None]:
-    """Keep the pictures of tables in FOLDER/wandb/data until they are uploaded, by default they lie in the user's home.
+    """Keep the pictures of tables in FOLDER/wandb/flowmap-tables until they are uploaded.
 
-    A folder of the user's, WANDB_DATA_DIR, has priority.
+    By default they lie in the user's home. A folder of the user's, WANDB_DATA_DIR, has priority.
     """
     if folder is None or DATA in os.environ:
         yield
         return
-    os.environ[DATA] = str(Path(folder).absolute() / "wandb" / "data")
+    os.environ[DATA] = str(Path(folder).absolute() / "wandb" / "flowmap-tables")
     try:
         yield
     finally:
@@ -177,9 +182,14 @@ def _with_images(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
 
 
 def _id(folder: Path, start: int) -> str:
-    """The id of the W&B run that a resumed run continues, or of a new one."""
+    """The id of the W&B run that a resumed run continues, or of a new one.
+
+    In a sweep W&B ignores an id that is given to `wandb.init`: the run has that of the agent.
+    """
     path = folder / "wandb" / "run-id"
-    if not (start and path.is_file()):
+    if in_sweep() and (of_agent := os.environ.get("WANDB_RUN_ID")):
+        write_text(path, of_agent)
+    elif not (start and path.is_file()):
         write_text(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8")
 

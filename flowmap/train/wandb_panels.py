@@ -1,7 +1,7 @@
 """The layout of panels in W&B, and the saved view of a project that has it.
 
-W&B offers views only through the package wandb-workspaces (extra `wandb`), and only online. An offline run has the same
-names, whose first part is the section in which W&B puts a panel by itself.
+W&B offers views only through the package wandb-workspaces (extra `panels`), and only online. An offline run has the
+same names, whose first part is the section in which W&B puts a panel by itself.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,8 @@ def logged_in(monkeypatch):
         if path not in there:
             raise ValueError("not found")
 
-    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="me", run=run))
+    api = lambda: SimpleNamespace(settings={"entity": os.environ.get("WANDB_ENTITY")}, default_entity="me", run=run)
+    monkeypatch.setattr(wandb, "Api", api)
     monkeypatch.setattr(wandb_report, "installed", lambda: True)
     return there
 
@@ -41,7 +43,7 @@ def test_without_the_package_a_run_or_a_login_it_is_one_line(finished, logged_in
         write_wandb_report([finished])
     (finished / "wandb").mkdir()
     (finished / "wandb" / "run-id").write_text("abc")
-    with pytest.raises(ValueError, match=r"me/flowmap has no run abc of .*; `wandb sync"):
+    with pytest.raises(ValueError, match=r"me/flowmap has no run abc of .*; `wandb sync .* WANDB_ENTITY=TEAM"):
         write_wandb_report([finished])
 
     def fails():
@@ -52,7 +54,7 @@ def test_without_the_package_a_run_or_a_login_it_is_one_line(finished, logged_in
         write_wandb_report([finished])
     monkeypatch.setattr(wandb_report, "installed", lambda: False)
     code, _, err = command("report", finished, "--to", "wandb")
-    assert code == 2 and "pip install 'flowmap-distillation[wandb]'" in err
+    assert code == 2 and "pip install 'flowmap-distillation[panels]'" in err
 
 
 def test_a_report_is_saved_and_its_address_printed(finished, logged_in, monkeypatch, command):
@@ -65,6 +67,16 @@ def test_a_report_is_saved_and_its_address_printed(finished, logged_in, monkeypa
     code, out, err = command("report", finished, "--to", "wandb")
     assert code == 0 and out.strip() == "the address" and saved == [1], err
     assert given == [(["abc"], "me", "flowmap")]
+
+
+def test_a_run_of_another_team_is_found(finished, logged_in, monkeypatch):
+    (finished / "wandb").mkdir()
+    (finished / "wandb" / "run-id").write_text("abc")
+    logged_in.append("team/flowmap/abc")
+    with pytest.raises(ValueError, match="me/flowmap has no run abc"):
+        wandb_report._entity("flowmap", ["abc"], read_runs([finished], unfinished=True))
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    assert wandb_report._entity("flowmap", ["abc"], read_runs([finished], unfinished=True)) == "team"
 
 
 def test_the_report_is_one_of_wandb_workspaces(finished, monkeypatch):

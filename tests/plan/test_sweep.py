@@ -12,6 +12,7 @@ import yaml
 
 import flowmap
 from flowmap.cli.parser import parse
+from flowmap.metrics.direction import direction
 from flowmap.plan.sweep import sweep_of
 
 SETTINGS = ["optimizer.lr=1e-5..1e-2:log", "objective.warmup_steps=10..100", "sampler.steps=[1,2],[1]", "seed=3"]
@@ -33,6 +34,23 @@ def test_ranges_choices_and_the_figure_that_is_optimised():
     }
     assert of(["optimizer.schedule=constant,cosine"])["method"] == "grid"
     assert of(["optimizer.lr=0.1..0.2"])["parameters"]["optimizer.lr"]["distribution"] == "uniform"
+
+
+def test_the_figure_has_the_name_that_a_run_logs():
+    nothing_held_out = [*SETTINGS, "data.held_out=0"]
+    for metric in ("recall_pixels", "recall_pixels_train"):
+        assert of(nothing_held_out, metric=metric)["metric"]["name"] == "metrics/recall_pixels_train/1"
+
+
+def test_the_better_direction_of_what_was_asked_for():
+    for name in ("tag_hit/1", "tags_exactly", "sentiment_hit/4", "style_hit", "phrase_hit_even", "infilled_bleu/2"):
+        assert direction(name) == 1, name
+    assert [direction(name) for name in ("tag_chance", "phrase_chance", "frechet_pixels/1")] == [0, 0, -1]
+
+
+def test_a_sweep_over_sentences_finds_the_share_of_tags():
+    found = of(["seed=1,2", "log.wandb=true"], "language/wordnet-tags", metric="tag_hit")["metric"]
+    assert found["name"].startswith("metrics/tag_hit/") and found["goal"] == "maximize"
 
 
 def test_the_command_of_the_agent_is_one_of_fit(tmp_path, monkeypatch):
@@ -69,6 +87,7 @@ def test_the_command_of_the_agent_is_one_of_fit(tmp_path, monkeypatch):
         (["student.dropout=null,0.1"], {}, "null cannot be a value of a sweep"),
         (["log.wandb=false", "seed=1,2"], {}, "log.wandb: false"),
         (["seed=1,2"], {"metric": "recal"}, "'recal' is not one of frechet_pixels"),
+        (["seed=1,2"], {"runs": 0}, "--runs: 0 must be 1 or more"),
         (["seed=1,2"], {"steps": 3}, "--steps: 3 is not one of the recipe's: 1, 2, 4"),
         (["seed=1..2"], {"method": "grid"}, "grid wants values, and seed is a range"),
         (["seed=1..2"], {"method": "hill"}, "'hill' is not one of bayes, random, grid"),

@@ -28,7 +28,7 @@ THEIRS = (
     "samples/mine.png",
     "samples/step-by-step.png",
 )
-THEIRS += (".hidden.tmp", ".git/.index.7.tmp", "checkpoints/best.ckpt", "wandb/settings")
+THEIRS += (".hidden.tmp", ".git/.index.7.tmp", "checkpoints/best.ckpt", "wandb/settings", "wandb/data/mine.csv")
 
 
 def recipe_of(path, *overrides):

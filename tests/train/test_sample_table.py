@@ -53,7 +53,7 @@ def recorded(tmp_path, monkeypatch):
         (tmp_path / "flow.yaml").write_text(FLOW)
         (tmp_path / "small.yaml").write_text(RECIPE.replace("flow.yaml", str(tmp_path / "flow.yaml")))
         recorder = Recorder(tmp_path / "recorded.csv")
-        monkeypatch.setattr("flowmap.train.stage.loggers_of", lambda *_: [recorder])
+        monkeypatch.setattr("flowmap.train.stage.loggers_of", lambda *_, **__: [recorder])
         recipe = flowmap.read_recipe(tmp_path / "small.yaml", overrides)
         flowmap.fit(recipe, tmp_path / "run", log=lambda message: None)
         return [one for one in recorder.tables if len(one[1]) == 7]  # the others are those of the teacher's run

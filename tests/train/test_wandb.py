@@ -75,9 +75,9 @@ def test_what_an_offline_run_shows(tmp_path, mode):
     kept = json.loads(next(out.glob(f"wandb/offline-run-*/files/{table['path']}")).read_text())
     assert kept["columns"] == ["step", "seed", "sample", "condition", "1 step", "2 steps", "teacher"]
     assert kept["data"] == [[20, 1234, 0, "", "Image", "Image", "Image"]]
-    staged = [path.read_bytes()[:4] for path in out.glob("wandb/data/artifacts/staging/*")]
+    staged = [path.read_bytes()[:4] for path in out.glob("wandb/flowmap-tables/artifacts/staging/*")]
     assert staged.count(b"\x89PNG") == 6, "the pictures of both tables are in the run's folder"
-    assert out / "wandb" / "data" in set(written(out)), "and are replaced with it"
+    assert out / "wandb" / "flowmap-tables" in set(written(out)), "and are replaced with it"
     assert len([*out.glob("wandb/offline-run-*/files/media/table/samples/*.json")]) == 2, "after 10 and 20 steps"
     assert {"charts/frechet_pixels_by_steps_table", "charts/tangent_norm_by_time_table"} <= set(last)
     key = "metrics/frechet_pixels/1"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import flowmap
-from flowmap.train import wandb_log, wandb_panels
+from flowmap.train import logging, wandb_log, wandb_panels
 from flowmap.train.wandb_charts import Best, Chart, charts_of
 from flowmap.train.wandb_log import _Lasting
 from flowmap.train.wandb_panels import Lines, Pictures, Table, layout, save_view
@@ -69,6 +69,25 @@ def test_charts_and_best_figures_reach_the_run(monkeypatch):
     chart = logged[1]["charts/c_by_steps"]
     assert chart.table.columns == ["step", "lineKey", "lineVal"]
     assert chart.table.data == [[1, "a", 2.0], [1, "b", 3.0], [2, "b", 4.0]]
+
+
+def test_in_a_sweep_the_run_has_the_id_of_the_agent(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "of-agent")
+    own = wandb_log._id(tmp_path, 0)
+    assert own != "of-agent" and wandb_log._id(tmp_path, 5) == own
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert wandb_log._id(tmp_path, 5) == "of-agent" == (tmp_path / "wandb" / "run-id").read_text()
+
+
+def test_in_a_sweep_a_needed_run_is_not_recorded_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging, "wandb_logger", lambda *_: "of W&B")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    lines, stage = [], SimpleNamespace(recipe=flowmap.read_recipe("digits", ["log.wandb=true"]), folder=tmp_path)
+    assert logging.loggers_of(stage, 0, lines.append, needed=True)[1:] == ["of W&B"] and not lines
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert logging.loggers_of(stage, 0, lines.append)[1:] == ["of W&B"] and not lines
+    assert not logging.loggers_of(stage, 0, lines.append, needed=True)[1:]
+    assert len(lines) == 1 and "digits is in log.csv alone" in lines[0]
 
 
 def test_the_layout_has_every_step_and_every_distance():
