@@ -129,7 +129,7 @@ def test_a_network_learns_the_law_of_its_samples_and_leaves_them_with_it():
     torch.manual_seed(0)
     student, law = FlowMapNet(MLP(width=48, depth=1).build((1,))), GaussianTeacher(mean=(0.7,), std=0.4)
     generator = torch.tensor([-0.3, 1.0], requires_grad=True)
-    learns = torch.optim.Adam([{"params": student.parameters(), "lr": 5e-3}, {"params": [generator], "lr": 1e-2}])
+    learns = torch.optim.Adam([{"params": student.parameters(), "lr": 1e-2}, {"params": [generator], "lr": 1e-2}])
     for step in range(1200):
         t = torch.rand(256)
         data = Linear().sample(0.7 + 0.4 * torch.randn(256, 1), torch.randn(256, 1), t, t, None)

@@ -21,7 +21,7 @@ def test_samples_of_a_reward_are_better_and_each_is_its_own(finished):
     tilted = Tilted(reward=right, scale=8.0, particles=8, moves=2)
     found = student.sample(40, steps=2, seed=3, reward=tilted)
     assert found.shape == plain.shape and float(right(found, None).mean()) > float(right(plain, None).mean()) + 0.2
-    assert torch.equal(student.sample(7, steps=2, seed=3, reward=tilted), found[:7])
+    torch.testing.assert_close(student.sample(7, steps=2, seed=3, reward=tilted), found[:7])
     torch.testing.assert_close(student.sample(40, steps=2, seed=3, reward=tilted, batch_size=16), found)
     assert not torch.equal(student.sample(40, steps=2, seed=4, reward=tilted), found)
     by_function = student.sample(40, steps=2, seed=3, reward=right)

@@ -11,6 +11,7 @@ from flowmap.objectives import OBJECTIVES
 from flowmap.train import callbacks
 from flowmap.train.clock import SETTLING, Clock
 from flowmap.train.fit import FitError, fit
+from flowmap.train.pictures import Pictures
 from flowmap.train.strategy import read_checkpoint
 from tests.support.slow_clock import HANDS, Slow
 
@@ -66,7 +67,7 @@ def test_a_resumed_run_goes_on_with_the_seconds_that_it_has_used(slow, tmp_path,
             raise FitError("stopped from outside")
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.Pictures, "at", stop)
+        patch.setattr(Pictures, "at", stop)
         with pytest.raises(FitError):
             fit(recipe, tmp_path / "run", log=quiet, clock=Clock(24.0, HANDS))
     assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 6

@@ -66,6 +66,19 @@ def test_a_compiled_run_is_the_run_and_the_log_says_what_was_compiled(tiny, tmp_
     assert any("with derivative: graph 1 in" in line for line in said) and "0 calls ran uncompiled" in said[-1]
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "compiles"), [("bf16", "cpu", False), ("32", "cpu", True), ("bf16", "cuda", True)]
+)
+def test_a_network_whose_gradients_inductor_gets_wrong_runs_uncompiled(tiny, precision, device, compiles):
+    net, lines = FlowMapNet(DiT(preset="nano", depth=1).build((1, 8, 8))), []
+    net.net.inner = type("UNet2DConditionModel", (nn.Module,), {})()
+    recipe = recipe_of(tiny, "trainer.compile=true", f"trainer.precision={precision}")
+    ways = compile_networks(recipe, device, [net], [], lines.append)
+    assert (
+        bool(ways) == compiles and any("bf16 gradients on a CPU would be wrong" in line for line in lines) != compiles
+    )
+
+
 def test_sharded_networks_are_compiled_by_blocks_equal_ones_once(tiny):
     net = FlowMapNet(DiT(preset="nano", depth=3).build((1, 8, 8)))
     net.net.blocks[2].more = nn.Parameter(torch.ones(2))
