@@ -113,9 +113,14 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
+def steps_name(steps: int) -> str:
+    """A number of steps in words: "1 step", "4 steps"."""
+    return f"{steps} step{'s' * (steps != 1)}"
+
+
 def steps_label(who: str, steps: int) -> str:
     """The label of a row: "student, 1 step", "teacher, 64 steps"."""
-    return f"{who}, {steps} step{'s' * (steps != 1)}"
+    return f"{who}, {steps_name(steps)}"
 
 
 def _shade(mode: str, level: int) -> int | tuple[int, ...]:

@@ -70,7 +70,7 @@ def _options(first: Option, peaks: Callable[[ResolvedRun], Peaks], there: float)
     formats = [] if all(first.fits(there)) else [one for form in FORMATS if (one := _quantised(first, form, peaks))]
     yield from formats
     best = min([first, *formats], key=lambda one: one.training.total)
-    for _, lowers, change in LEVERS:
+    for lowers, change in LEVERS:
         best_fits = best.fits(there)
         if all(best_fits):
             return
@@ -144,14 +144,14 @@ def _unmeasured(one: Option, there: float) -> tuple[str, Changes]:
 
 
 LEVERS = (
-    ("weights in half", BOTH, _precision),
-    ("text encoders off the device", BOTH, _text),
-    ("activations recomputed", TRAINING, _checkpointing),
-    ("smaller micro-batch", TRAINING, _micro_batch),
-    ("fewer samples at once", MEASURING, _drawn_at_once),
-    ("measured elsewhere", MEASURING, _unmeasured),
+    (BOTH, _precision),  # weights in half
+    (BOTH, _text),  # text encoders off the device
+    (TRAINING, _checkpointing),
+    (TRAINING, _micro_batch),
+    (MEASURING, _drawn_at_once),
+    (MEASURING, _unmeasured),  # elsewhere
 )
-"""What it does, what it lowers, and the change: (settings, fields of the recipe); ValueError where there is none."""
+"""What each lowers, and the change: (settings, fields of the recipe); ValueError where there is none."""
 
 
 def _table(options: list[Option], there: float) -> list[str]:

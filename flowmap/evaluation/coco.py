@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flowmap.base.files import text_digest, write_text
+from flowmap.base.images import steps_label
 from flowmap.base.schema import short_hash
 from flowmap.data.dataset import looked_at
 from flowmap.data.images.folder import FolderImages
@@ -136,11 +137,11 @@ def calls_of(coco: Coco, rows: Mapping[str, int]) -> Iterator[str]:
 def figures_page(measured: Mapping[str, Any], names: list[str]) -> str:
     """The figures as a table of Markdown with a sentence on how they were measured, for a model card."""
     settings = measured["protocol"]
-    rows = [(f"student, {k} step{'s' * (k != '1')}", k, row) for k, row in measured["student"].items()]
+    rows = {steps_label("student", int(k)): row for k, row in measured["student"].items()}
     if "teacher" in measured:
-        rows.append((f"teacher, {measured['teacher']['steps']} steps", "", measured["teacher"]))
+        rows[steps_label("teacher", measured["teacher"]["steps"])] = measured["teacher"]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in names)} |" for label, _, row in rows]
+    lines += [f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in names)} |" for label, row in rows.items()]
     how = (
         f"COCO-2014: {settings['images']:,} captions of the validation set, one of each picture; Frechet distance in "
         f"`{settings['features']}` at {settings['size']} pixels to its {settings['reference']:,} pictures; "

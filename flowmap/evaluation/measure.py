@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmap.base.files import write_json
+from flowmap.base.images import steps_name
 from flowmap.base.progress import LogFunction
 from flowmap.base.schema import RecipeError
 from flowmap.build.data import build_data
@@ -129,7 +130,7 @@ def _student_rows(
     found, seconds = {}, {}
     for k in steps:
         mine = rows.tuned(tuned(k))
-        mine.starts.begin(f"student {_counted(k)}")
+        mine.starts.begin(f"student {steps_name(k)}")
         found[str(k)], seconds[f"student_{k}"] = mine.student(k, to_teacher(known, k))
     return found, seconds
 
@@ -143,7 +144,7 @@ def _known_teacher(known: Mapping[str, Any], log: LogFunction) -> tuple[dict[str
 def _teacher_rows(recipe: Recipe, teacher: BuiltTeacher, rows: Rows) -> tuple[dict[str, Any], float]:
     """("teacher" and "teacher_few" of metrics.json, the seconds of drawing the first)."""
     n, few = recipe.evaluation.teacher_steps, recipe.evaluation.teacher_extra_steps
-    rows.starts.begin(f"teacher {_counted(n)}")
+    rows.starts.begin(f"teacher {steps_name(n)}")
     row, seconds = rows.teacher(n)
     found: dict[str, Any] = {"teacher": {"nfe": teacher.calls(n), "steps": n, **row}}
     if few:
@@ -160,10 +161,6 @@ def _floor(data: Dataset, rows: Rows, known: Mapping[str, float] | None, log: Lo
         return known
     log("evaluating: real against real")
     return rows.baseline(data)
-
-
-def _counted(steps: int) -> str:
-    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def _chosen(recipe: Recipe, kinds: Sequence[str] | None) -> list[Spec]:

@@ -61,7 +61,19 @@ class Control(TextMetric):
 
 
 @dataclass(frozen=True)
-class Phrase(TextMetric):
+class ByTagger(TextMetric):
+    """By the tagger of base/tagger.py; the data must have the condition that is compared."""
+
+    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
+        super().fits(data, conditional=conditional, paired=paired)
+        self.build(data)
+
+    def check(self) -> None:
+        tagged("a word")
+
+
+@dataclass(frozen=True)
+class Phrase(ByTagger):
     """Whether sentences are phrases of the part of speech asked for, by a tagger and the rules of text_tags.py.
 
     phrase_hit: the share that are; phrase_hit_even: the mean of that share over the parts of speech asked for, with
@@ -70,13 +82,6 @@ class Phrase(TextMetric):
     """
 
     attribute: str = "part_of_speech"
-
-    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
-        super().fits(data, conditional=conditional, paired=paired)
-        self.build(data)
-
-    def check(self) -> None:
-        tagged("a word")
 
     def build(self, data: Any) -> Any:
         values = next((one.values for one in data.attributes if one.name == self.attribute), None)
@@ -103,20 +108,13 @@ class Phrase(TextMetric):
 
 
 @dataclass(frozen=True)
-class TagHit(TextMetric):
+class TagHit(ByTagger):
     """Whether sentences have the part-of-speech tags that were asked for (data.tags), by base/tagger.py.
 
     tag_hit: the share of asked tags that the word, or mark, at the same place has; tags_exactly: the share of sentences
     with exactly those tags; tag_chance: the tag_hit of each sentence with the tags asked of the next one. The baseline,
     real sentences, is 1 where the tags of the data are the tagger's own.
     """
-
-    def fits(self, data: Any, *, conditional: bool = True, paired: bool = False) -> None:
-        super().fits(data, conditional=conditional, paired=paired)
-        self.build(data)
-
-    def check(self) -> None:
-        tagged("a word")
 
     def build(self, data: Any) -> Any:
         values = next((one.values for one in data.token_conditions if one.name == TAGS), None)

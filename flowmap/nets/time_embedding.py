@@ -93,12 +93,12 @@ def refit(model: Any, old: OfTime, new: OfTime) -> None:
     Each embedding gets new parameters: its first layer is fitted to its old output, then the last layer to its own.
     ValueError if the model embeds time in another way.
     """
-    t, own = _times(), OWN_TIMES.get(type(model).__name__, lambda config, time: time)
+    t = _times()
     for path, embedding in time_embeddings(model):
         parent, _, name = path.rpartition(".")
         module = model.get_submodule(parent)
         sinusoids = _sinusoids(model, module, embedding)
-        before, after = (sinusoids(own(model.config, time(t).float())).double() for time in (old, new))
+        before, after = (sinusoids(_own_time(model, time(t))).double() for time in (old, new))
         module.register_module(name, _refit_one(embedding, before, after))
 
 
@@ -124,11 +124,16 @@ def last_layer(embedding: Any) -> str:
 @torch.no_grad()
 def hidden(model: Any, path: str, time: Tensor) -> Tensor:
     """What the last layer of the time embedding `path` is given at these times (K,) of the schedule: (K, features)."""
-    own = OWN_TIMES.get(type(model).__name__, lambda config, time: time)
     embedding = model.get_submodule(path)
     first, act, _ = _layers(embedding)
     sinusoids = _sinusoids(model, model.get_submodule(path.rpartition(".")[0]), embedding)
-    return act(first(sinusoids(own(model.config, time.float())).to(first.weight.dtype)))
+    return act(first(sinusoids(_own_time(model, time)).to(first.weight.dtype)))
+
+
+def _own_time(model: Any, time: Tensor) -> Tensor:
+    """What the network's sinusoids are given at these times of its schedule, float32."""
+    own = OWN_TIMES.get(type(model).__name__)
+    return time.float() if own is None else own(model.config, time.float())
 
 
 def _sinusoids(model: Any, module: Any, embedding: Any) -> OfTime:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowmap.base.files import write_text
-from flowmap.base.images import save_picture, stack, steps_label, to_grid
+from flowmap.base.images import save_picture, stack, steps_label, steps_name, to_grid
 from flowmap.evaluation.fixed_samples import SOURCE, TEACHER, Cell, FixedSamples, Samples, cells_of, sample_table
 from flowmap.flow.types import Cond
 from flowmap.plan.plan import Stage
@@ -42,7 +42,7 @@ class Pictures(AtPictures):
         if fixed.sources is not None:
             shown[SOURCE], cells[SOURCE] = self._both(fixed.sources)
         for k in self.stage.recipe.sampler.steps:
-            name = f"{k} step{'s' * (k > 1)}"
+            name = steps_name(k)
             shown[name], cells[name] = self._both(fixed.of_student(k, cond))
         if module.teacher is not None:
             if self._teacher is None:

@@ -10,6 +10,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from flowmap.base.images import steps_name
 from flowmap.base.progress import LogFunction
 from flowmap.recipe.recipe import Recipe
 
@@ -44,7 +45,7 @@ Panel = Lines | Pictures | Table
 
 def layout(recipe: Recipe) -> dict[str, list[Panel]]:
     """The panels of each section, in their order."""
-    names = [f"{k} step{'s' * (k > 1)}" for k in recipe.sampler.steps] + ["teacher"] * (recipe.teacher is not None)
+    names = [steps_name(k) for k in recipe.sampler.steps] + ["teacher"] * (recipe.teacher is not None)
     keys = [getattr(spec, "key", None) for spec in recipe.metrics]
     metrics: list[Panel] = [Lines(key, regex=rf"metrics(_of_\d+)?/{key}/\d+") for key in dict.fromkeys(keys) if key]
     return {
