@@ -3,13 +3,13 @@
 Quality is also measured in a second feature space, which no loss uses: the last hidden layer of a network that tells
 the classes of the real pictures (_labels.py; --metrics-of-recipe leaves it out).
 
-Five seeds; all objectives of a seed share one teacher. By `flowmap compare`: equal seconds of training, or with --calls
+Five seeds; all objectives of a seed share one teacher (--one-teacher: so do all seeds). By `flowmap compare`: equal seconds of training, or with --calls
 equal network evaluations.  Quality, cost, memory and diverged runs are reported.  Machines are shared, so the seconds
 are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other benchmarks have trained are reused.
 Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
 `--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
 `python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall]
-    [--recipes digits digits-scm] [--out DIR] [--suffix _new] [--metrics-of-recipe]`
+    [--recipes digits digits-scm] [--out DIR] [--suffix _new] [--one-teacher] [--metrics-of-recipe]`
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--out", type=Path, help="default: runs/league-SET")
     parser.add_argument("--suffix", default="", help="of the result's name, for other rows than the league's")
+    parser.add_argument("--one-teacher", action="store_true", help="seed 0's for all seeds; the students' seeds differ")
     parser.add_argument("--metrics-of-recipe", action="store_true", help="no second feature space")
     a = parser.parse_args()
     budget = 240.0 if a.budget is None and a.calls is None else a.budget
@@ -97,13 +98,16 @@ def main() -> None:
         calls=a.calls,
         seeds=a.seeds,
         out=out,
-        overrides=() if a.metrics_of_recipe else [f"metrics={json.dumps(with_classes(recipes[0]))}"],
+        overrides=[
+            *([] if a.metrics_of_recipe else [f"metrics={json.dumps(with_classes(recipes[0]))}"]),
+            *(["teacher.overrides=[seed=0]"] if a.one_teacher else []),
+        ],
         now=time.perf_counter if a.wall else time.process_time,
     )
     made = tables(found, a.set)
     for name, one in made.items():
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
-    settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a)}
+    settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a), "one_teacher": a.one_teacher}
     write(
         f"league_{a.set}{a.suffix}",
         {
@@ -134,7 +138,7 @@ def with_classes(recipe: str) -> list[dict]:
 def over(name: str, recipe: str, folder: Path) -> str:
     """Write the recipe digits-X as NAME-X, with that data instead of digits, into the folder.
 
-    digits itself and X/digits are used as shipped.
+    digits itself, X/digits and recipes that have that data are used as they are.
     """
     if name == DEFAULT:
         return recipe
@@ -142,6 +146,8 @@ def over(name: str, recipe: str, folder: Path) -> str:
         return recipe.replace(DEFAULT, name)
     plain = read_plain(find_recipe(recipe))
     data, *method = plain.pop("base", ["?"])
+    if data == f"data/{name}":
+        return recipe
     if data != f"data/{DEFAULT}":
         raise SystemExit(f"{recipe}: is not over data/{DEFAULT}, so it cannot be put over data/{name}")
     if "recipe" in plain.get("student", {}):

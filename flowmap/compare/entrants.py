@@ -92,25 +92,31 @@ def _taught_by(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def at_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe, and the recipes that it needs, with that seed."""
+    """The recipe, and the recipes that it needs, with that seed.
+
+    A seed among the overrides of the teacher stays: `teacher.overrides=[seed=0]` is one teacher for all seeds.
+    """
     changes: dict[str, Any] = {"seed": seed}
-    word = f"seed={seed}"
     if recipe.teacher is not None and teacher_recipes(recipe):
-        changes["teacher"] = _told(recipe.teacher, word)
+        changes["teacher"] = _taught_at(recipe.teacher, seed)
     if isinstance(recipe.coupling, Pairs) and recipe.coupling.teacher is not None and pairs_recipes(recipe):
-        changes["coupling"] = replace(recipe.coupling, teacher=_told(recipe.coupling.teacher, word))
+        changes["coupling"] = replace(recipe.coupling, teacher=_taught_at(recipe.coupling.teacher, seed))
     if isinstance(recipe.student, FromRecipe):
         start = at_seed(recipe.named(recipe.student.recipe, recipe.student.overrides), seed)
         mine, theirs = changes.get("teacher", recipe.teacher), start.teacher
         if mine is not None and theirs is not None and (mine.card, mine.recipe) == (theirs.card, theirs.recipe):
             theirs = mine  # one teacher for both, with the comparison's overrides
         words = [f"teacher.overrides={list(theirs.overrides)}"] if theirs is not None and theirs.overrides else []
-        changes["student"] = _told(recipe.student, word, *words)
+        changes["student"] = _told(recipe.student, f"seed={seed}", *words)
     return recipe.changed(**changes)
 
 
 def _told(slot: TeacherSlot | FromRecipe, *words: str) -> Any:
     return replace(slot, overrides=(*slot.overrides, *words))
+
+
+def _taught_at(slot: TeacherSlot, seed: int) -> TeacherSlot:
+    return slot if any(word.startswith("seed=") for word in slot.overrides) else _told(slot, f"seed={seed}")
 
 
 def of_length(recipe: Recipe, steps: int) -> Recipe:

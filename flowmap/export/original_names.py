@@ -1,6 +1,6 @@
 """The layers of original checkpoints, and the layers of diffusers that each of them fuses, in order.
 
-Sources: diffusers' conversions of the checkpoints of FLUX, SD3 (Stability AI) and Sana (NVlabs); tests map back.
+Sources: diffusers' conversions of the checkpoints of FLUX, FLUX.2, SD3, Sana, Lumina 2 and Z-Image; tests map back.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ Fused = Mapping[str, tuple[str, ...]]
 class Original:
     """The names of one network. blocks: by diffusers' list of blocks, the original's list and the layers of a block.
 
-    outside: the other layers.
+    outside: the other layers. others_alike: layers that are not listed have the names of diffusers.
     """
 
     blocks: Mapping[str, tuple[str, Fused]]
     outside: Fused
+    others_alike: bool = False
 
 
 FLUX_DOUBLE = {
@@ -94,6 +95,51 @@ SANA_OUTSIDE = {
     "x_embedder.proj": ("patch_embed.proj",),
     "final_layer.linear": ("proj_out",),
 }
+FLUX2_DOUBLE = {
+    **{layer: FLUX_DOUBLE[layer] for layer in ("img_attn.qkv", "txt_attn.qkv", "img_attn.proj", "txt_attn.proj")},
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+FLUX2_SINGLE = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
+FLUX2_OUTSIDE = {
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    **{layer: FLUX_OUTSIDE[layer] for layer in ("txt_in", "img_in")},
+    **{layer: FLUX_OUTSIDE[layer] for layer in ("final_layer.linear", "final_layer.adaLN_modulation.1")},
+}
+LUMINA2_BLOCK = {
+    "attention.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attention.out": ("attn.to_out.0",),
+    "feed_forward.w1": ("feed_forward.linear_1",),
+    "feed_forward.w2": ("feed_forward.linear_2",),
+    "feed_forward.w3": ("feed_forward.linear_3",),
+    "adaLN_modulation.1": ("norm1.linear",),
+}
+LUMINA2_OUTSIDE = {
+    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+    "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+    "x_embedder": ("x_embedder",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+    "final_layer.linear": ("norm_out.linear_2",),
+}
+Z_IMAGE_BLOCK = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": ("attention.to_out.0",),
+}
+Z_IMAGE_OUTSIDE = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+STREAMS = ("layers", "noise_refiner", "context_refiner")  # lists of blocks of Lumina 2 and Z-Image
 ORIGINALS = {
     "FluxTransformer2DModel": Original(
         {
@@ -104,6 +150,17 @@ ORIGINALS = {
     ),
     "SD3Transformer2DModel": Original({"transformer_blocks": ("joint_blocks", SD3_JOINT)}, SD3_OUTSIDE),
     "SanaTransformer2DModel": Original({"transformer_blocks": ("blocks", SANA_BLOCK)}, SANA_OUTSIDE),
+    "Flux2Transformer2DModel": Original(
+        {
+            "transformer_blocks": ("double_blocks", FLUX2_DOUBLE),
+            "single_transformer_blocks": ("single_blocks", FLUX2_SINGLE),
+        },
+        FLUX2_OUTSIDE,
+    ),
+    "Lumina2Transformer2DModel": Original({name: (name, LUMINA2_BLOCK) for name in STREAMS}, LUMINA2_OUTSIDE),
+    "ZImageTransformer2DModel": Original(
+        {name: (name, Z_IMAGE_BLOCK) for name in STREAMS}, Z_IMAGE_OUTSIDE, others_alike=True
+    ),
 }
 SAME_NAMES = ("QwenImageTransformer2DModel",)  # the original checkpoint has the layers of diffusers
 LAST_NORM, CONTEXT_NORM = "norm_out.linear", "norm1_context.linear"
@@ -128,6 +185,8 @@ def original_layer(network: str, name: str) -> tuple[str, tuple[str, ...]]:
     for layer, parts in table.items():
         if inner in parts:
             return theirs + layer, tuple(ours + part for part in parts)
+    if names.others_alike:
+        return name, (name,)
     raise ValueError(f"--to lora-comfyui: {name} has no layer of its own in the original checkpoint")
 
 

@@ -323,6 +323,8 @@ def test_every_setting_of_objectives_and_optimizer_that_counts_from_step_0_is_st
 
 def test_a_seed_reaches_the_teacher_and_what_makes_pairs():
     assert at_seed(read_recipe("digits"), 3).teacher.overrides == ("seed=3",)
+    one_teacher = read_recipe("digits", ["teacher.overrides=[seed=0]"])
+    assert at_seed(one_teacher, 3).teacher.overrides == ("seed=0",) and at_seed(one_teacher, 3).seed == 3
     paired = at_seed(read_recipe("rfpp/digits"), 3)
     assert paired.coupling.teacher.overrides == paired.teacher.overrides == ("seed=3",) and paired.seed == 3
     assert at_seed(read_recipe("toy/mixture"), 3).teacher.overrides == ()  # nothing is trained there

@@ -22,7 +22,17 @@ from flowmap.nets.pretrained import _json
 from flowmap.samplers import Deterministic
 from flowmap.student.config import StudentConfig
 from flowmap.student.student import Student
-from tests.support.tiny_nets import POOLED, TEXT, diffusers, sana, sd3, with_random_weights
+from tests.support.tiny_nets import (
+    POOLED,
+    TEXT,
+    diffusers,
+    flux2,
+    lumina2,
+    sana,
+    sd3,
+    with_random_weights,
+    z_image,
+)
 
 RANK, WIDTH = 3, 3072  # FLUX's width, which diffusers' converter has as a constant; the matrices are thin
 OUT = {
@@ -121,7 +131,23 @@ def with_two_attentions():
     return SD3Transformer2DModel.from_config(config)
 
 
-@pytest.mark.parametrize("make", [sd3, with_two_attentions, sana])
+def wide_lumina2():
+    """Its converter has the published model's widths as constants."""
+    from diffusers import Lumina2Transformer2DModel
+
+    config = dict(lumina2().config) | dict(hidden_size=2304, num_attention_heads=24, num_kv_heads=8)
+    return Lumina2Transformer2DModel.from_config(
+        config | dict(axes_dim_rope=(32, 32, 32), ffn_dim_multiplier=0.001, multiple_of=8)
+    )
+
+
+def guided_flux2():
+    return flux2(guidance_embeds=True)
+
+
+@pytest.mark.parametrize(
+    "make", [sd3, with_two_attentions, sana, guided_flux2, z_image, wide_lumina2], ids=lambda make: make.__name__
+)
 def test_diffusers_own_conversion_of_the_whole_checkpoint_gives_the_same_matrices(make):
     """Adapters of every layer, added to an original checkpoint of zeros, which diffusers then converts."""
     utils = pytest.importorskip("diffusers.loaders.single_file_utils")
@@ -130,6 +156,9 @@ def test_diffusers_own_conversion_of_the_whole_checkpoint_gives_the_same_matrice
     convert = {
         "SD3Transformer2DModel": utils.convert_sd3_transformer_checkpoint_to_diffusers,
         "SanaTransformer2DModel": utils.convert_sana_transformer_to_diffusers,
+        "Flux2Transformer2DModel": utils.convert_flux2_transformer_checkpoint_to_diffusers,
+        "ZImageTransformer2DModel": utils.convert_z_image_transformer_checkpoint_to_diffusers,
+        "Lumina2Transformer2DModel": utils.convert_lumina2_to_diffusers,
     }[network]
     layers = {
         name: layer for name, layer in model.named_modules()
@@ -172,6 +201,8 @@ def _zeros(model, layers, network) -> dict[str, torch.Tensor]:
             for end in ("weight", "bias"):
                 rows = [getattr(layers[part], end) for part in parts]
                 found |= {} if rows[0] is None else {f"{layer}.{end}": torch.cat([torch.zeros_like(r) for r in rows])}
+    if network not in ("SanaTransformer2DModel", "SD3Transformer2DModel"):
+        return found
     blank = torch.zeros(1)
     blocks = range(len(model.transformer_blocks))
     if network.startswith("Sana"):
