@@ -3,7 +3,8 @@
 Quality is also measured in a second feature space, which no loss uses: the last hidden layer of a network that tells
 the classes of the real pictures (_labels.py; --metrics-of-recipe leaves it out).
 
-Five seeds; all objectives of a seed share one teacher (--one-teacher: so do all seeds). By `flowmap compare`: equal seconds of training, or with --calls
+Five seeds; all objectives of a seed share one teacher (--one-teacher: so do all seeds).
+By `flowmap compare`: equal seconds of training, or with --calls
 equal network evaluations.  Quality, cost, memory and diverged runs are reported.  Machines are shared, so the seconds
 are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other benchmarks have trained are reused.
 Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
@@ -107,7 +108,8 @@ def main() -> None:
     made = tables(found, a.set)
     for name, one in made.items():
         print(f"\n{name}\n{table(one['rows'], one['columns'])}")
-    settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a), "one_teacher": a.one_teacher}
+    settings = {"set": a.set, "seeds": list(range(a.seeds)), "budget": budget or a.calls, "of": _unit(a)}
+    settings["one teacher"] = a.one_teacher
     write(
         f"league_{a.set}{a.suffix}",
         {

@@ -34,7 +34,7 @@ SMALL = {"weights": "random", "samples": "float32"}
 NAMES = {
     "sd3": "SD3", "sana": "Sana", "flux": "Flux", "flux_dev": "Flux, guidance-distilled", "qwen": "QwenImage",
     "z_image": "Z-Image", "flux2": "FLUX.2 klein", "flux2_dev": "FLUX.2 dev", "hunyuan_image": "HunyuanImage",
-    "lumina2": "Lumina 2",
+    "lumina2": "Lumina 2", "aura_flow": "AuraFlow",
     "dit": "our DiT", "edm2": "EDM2",
     "mlp": "our MLP", "table_dit": "DiT of diffusers", "table_unet": "UNet2D",
 }  # fmt: skip

@@ -23,6 +23,11 @@ from flowmap.student.config import StudentConfig
 from flowmap.student.examples import conditions_of, empty_of
 from flowmap.train.module import trained
 
+SDXL = {  # a UNet2DConditionModel of three levels
+    "block_out_channels": [8, 16, 16], "cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4,
+    "sample_size": 8, "transformer_layers_per_block": 1, "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}  # fmt: skip
 TOY = {  # settings of diffusers networks at toy size
     "DiTTransformer2DModel": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 4},
     "UNet2DConditionModel": {
@@ -53,6 +58,18 @@ TOY = {  # settings of diffusers networks at toy size
     "HunyuanImageTransformer2DModel": {
         "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "attention_head_dim": 16,
         "num_attention_heads": 2, "text_embed_dim": 16, "text_embed_2_dim": 16, "rope_axes_dim": [8, 8],
+    },
+    "QwenImageTransformer2DModel": {
+        "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
+        "axes_dims_rope": [4, 4, 8],
+    },
+    "AuraFlowTransformer2DModel": {
+        "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "caption_projection_dim": 32, "sample_size": 4, "pos_embed_max_size": 16,
+    },
+    "PixArtTransformer2DModel": {
+        "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16,
+        "caption_channels": 16, "sample_size": 4,
     },
     "Lumina2Transformer2DModel": {
         "hidden_size": 48, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1,
@@ -107,7 +124,8 @@ def shrunk(config: StudentConfig) -> StudentConfig:
     """The configuration of the same kind of network at toy size."""
     net, shape = config.net, config.shape
     if isinstance(net, DiffusersModel):
-        settings = json.loads(net.settings) | TOY[net.network]
+        own = json.loads(net.settings)
+        settings = own | (SDXL if "addition_time_embed_dim" in own else TOY[net.network])
         side = 8 if net.network == "UNet2DConditionModel" else 4
         return replace(config, net=replace(net, settings=json.dumps(settings)), shape=(shape[0], side, side))
     if isinstance(net, EDM2):

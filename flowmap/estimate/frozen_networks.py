@@ -49,6 +49,7 @@ ENCODERS: Mapping[str, tuple[float, float]] = {
     "Flux2Transformer2DModel": (0, 4.02e9),
     "HunyuanImageTransformer2DModel": (0, 7.07e9),
     "Lumina2Transformer2DModel": (0, 2.61e9),
+    "AuraFlowTransformer2DModel": (0, 1.2e9),
 }
 
 

@@ -36,6 +36,7 @@ ARGUMENTS = {
     "Flux2Transformer2DModel": ("prompt_embeds",),
     "HunyuanImageTransformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
     "Lumina2Transformer2DModel": ("prompt_embeds", "prompt_attention_mask"),
+    "AuraFlowTransformer2DModel": ("prompt_embeds",),
     "SD3Transformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
     "FluxTransformer2DModel": ("prompt_embeds", "pooled_prompt_embeds"),
 }

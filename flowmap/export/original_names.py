@@ -1,6 +1,7 @@
 """The layers of original checkpoints, and the layers of diffusers that each of them fuses, in order.
 
-Sources: diffusers' conversions of the checkpoints of FLUX, FLUX.2, SD3, Sana, Lumina 2 and Z-Image; tests map back.
+Sources: diffusers' conversions of the checkpoints of FLUX, FLUX.2, SD3, Sana, Lumina 2, Z-Image and AuraFlow; tests
+map back.
 """
 
 from __future__ import annotations
@@ -139,6 +140,37 @@ Z_IMAGE_OUTSIDE = {
     "final_layer.linear": ("all_final_layer.2-1.linear",),
     "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
 }
+AURA_FLOW_FORWARD = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
+AURA_FLOW_JOINT = {
+    "modX.1": ("norm1.linear",),
+    "modC.1": ("norm1_context.linear",),
+    "attn.w2q": ("attn.to_q",),
+    "attn.w2k": ("attn.to_k",),
+    "attn.w2v": ("attn.to_v",),
+    "attn.w2o": ("attn.to_out.0",),
+    "attn.w1q": ("attn.add_q_proj",),
+    "attn.w1k": ("attn.add_k_proj",),
+    "attn.w1v": ("attn.add_v_proj",),
+    "attn.w1o": ("attn.to_add_out",),
+    **{f"mlpX.{theirs}": (f"ff.{ours}",) for theirs, ours in AURA_FLOW_FORWARD.items()},
+    **{f"mlpC.{theirs}": (f"ff_context.{ours}",) for theirs, ours in AURA_FLOW_FORWARD.items()},
+}
+AURA_FLOW_SINGLE = {
+    "modCX.1": ("norm1.linear",),
+    "attn.w1q": ("attn.to_q",),
+    "attn.w1k": ("attn.to_k",),
+    "attn.w1v": ("attn.to_v",),
+    "attn.w1o": ("attn.to_out.0",),
+    **{f"mlp.{theirs}": (f"ff.{ours}",) for theirs, ours in AURA_FLOW_FORWARD.items()},
+}
+AURA_FLOW_OUTSIDE = {
+    "t_embedder.mlp.0": ("time_step_proj.linear_1",),
+    "t_embedder.mlp.2": ("time_step_proj.linear_2",),
+    "cond_seq_linear": ("context_embedder",),
+    "init_x_linear": ("pos_embed.proj",),
+    "modF.1": ("norm_out.linear",),
+    "final_linear": ("proj_out",),
+}
 STREAMS = ("layers", "noise_refiner", "context_refiner")  # lists of blocks of Lumina 2 and Z-Image
 ORIGINALS = {
     "FluxTransformer2DModel": Original(
@@ -156,6 +188,13 @@ ORIGINALS = {
             "single_transformer_blocks": ("single_blocks", FLUX2_SINGLE),
         },
         FLUX2_OUTSIDE,
+    ),
+    "AuraFlowTransformer2DModel": Original(
+        {
+            "joint_transformer_blocks": ("double_layers", AURA_FLOW_JOINT),
+            "single_transformer_blocks": ("single_layers", AURA_FLOW_SINGLE),
+        },
+        AURA_FLOW_OUTSIDE,
     ),
     "Lumina2Transformer2DModel": Original({name: (name, LUMINA2_BLOCK) for name in STREAMS}, LUMINA2_OUTSIDE),
     "ZImageTransformer2DModel": Original(

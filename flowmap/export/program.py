@@ -20,7 +20,7 @@ from flowmap.nets.diffusers_model import DiffusersModel
 from flowmap.nets.diffusers_text import example_conditions as example_text
 from flowmap.nets.stacked import net_within
 from flowmap.student.examples import tokens_of
-from flowmap.teachers.autoencoder import unpatched
+from flowmap.teachers.autoencoder import pictures_of
 
 PROGRAM = "program.pt2"
 FEW = 63  # the largest batch for which diffusers' upsampling takes the same code path
@@ -51,8 +51,7 @@ class SamplerProgram(nn.Module):
     def forward(self, noise: Tensor, cond: Cond) -> Tensor:
         x = self.sampler(self.flow_map, noise, cond, steps=self.steps)
         if self.autoencoder is not None:
-            z = unpatched(self.autoencoder, x / self.scale + self.shift)
-            x = self.autoencoder.decode(z, return_dict=False)[0]
+            x = pictures_of(self.autoencoder, x / self.scale + self.shift)
             x = 2 * x - 1 if self.unit else x
         return x.clamp(-1, 1) if self.clamp or self.autoencoder is not None else x
 

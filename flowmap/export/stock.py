@@ -31,6 +31,7 @@ from flowmap.export.text import PROMPT, TextParts, sentence_lines, write_text_pa
 from flowmap.export.vae import ENCODER_KEPT, exported_vae
 from flowmap.flow.clock import FlowClock
 from flowmap.nets.diffusers_model import DiffusersNet
+from flowmap.teachers.autoencoder import FRAMES
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Family:
     limits: bool = True  # whether it takes max_sequence_length
     zeros: str | None = None  # code for arguments that it needs and our networks do not read
     patch: int = 1  # side of the patches of latents that are channels, which it normalises by the autoencoder's weights
+    of_frames: bool = False  # whether its autoencoder is one of videos, which normalises by channel
     trimmed: bool = False  # whether it takes a list of embeddings, of each prompt's real tokens alone
     shifts: bool = True  # whether its decoding reads the autoencoder's shift_factor
     unguided: tuple[str, ...] = ()  # lines that turn off a base pipeline's guidance, where no argument of a call does
@@ -88,6 +90,7 @@ FAMILIES = {
         empty=("text_encoder", "tokenizer"),
         conditions=("prompt_embeds", "prompt_embeds_mask"),
         call=("true_cfg_scale=1.0",),
+        of_frames=True,
     ),
     "ZImageTransformer2DModel": Family(
         pipeline="ZImagePipeline",
@@ -120,6 +123,13 @@ FAMILIES = {
         scheduler="FlowMatchEulerDiscreteScheduler",
         empty=("text_encoder", "tokenizer"),
         conditions=("prompt_embeds", "prompt_attention_mask"),
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        pipeline="AuraFlowPipeline",
+        scheduler="FlowMapEulerDiscreteScheduler",
+        empty=("text_encoder", "tokenizer"),
+        conditions=("prompt_embeds", "prompt_attention_mask"),
+        shifts=False,
     ),
 }
 FLUX2_DEV = Family(  # with guidance_embeds
@@ -202,11 +212,12 @@ def folded(plan: Export) -> nn.Module:
 
 
 def _vae(plan: Export, family: Family) -> nn.Module | None:
-    vae = exported_vae(plan, shifts=family.shifts, by_weights=family.patch > 1)
+    decodes_itself = family.patch > 1 or family.of_frames
+    vae = exported_vae(plan, shifts=family.shifts, by_itself=decodes_itself)
     if vae is None and family.pipeline == "Flux2KleinPipeline":
         what = f"{family.pipeline} needs an autoencoder even for latents, and this student has none"
         raise ValueError(f"--to diffusers: {what}; take --custom")
-    if vae is not None and family.pipeline == "QwenImagePipeline":
+    if vae is not None and family.of_frames and type(vae).__name__ not in FRAMES:
         what = f"{family.pipeline} decodes with an autoencoder for video, which {type(vae).__name__} is not"
         raise ValueError(f"autoencoder: {what}; take --custom")
     return vae

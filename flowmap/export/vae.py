@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmap.export.plan import Export
-from flowmap.teachers.autoencoder import PATCHES
+from flowmap.teachers.autoencoder import FRAMES, PATCHES
 
 ENCODER_KEPT = (
     "The decoder of `vae/` gives pictures on [-1, 1], its encoder takes them on [0, 1] (zeros at its padded border are "
@@ -21,19 +21,19 @@ ENCODER_KEPT = (
 )
 
 
-def exported_vae(plan: Export, *, shifts: bool = True, by_weights: bool = False) -> Any | None:
+def exported_vae(plan: Export, *, shifts: bool = True, by_itself: bool = False) -> Any | None:
     """A copy on the CPU that decodes in a pipeline as the student does; None if samples are not latents.
 
-    shifts: whether the pipeline reads shift_factor. by_weights: whether it normalises by the mean and variance in the
-    weights (FLUX.2). Raises a ValueError if neither configuration nor weights can
-    express the normalisation of latents.
+    shifts: whether the pipeline reads shift_factor. by_itself: whether it normalises by the mean and variance that its
+    autoencoder has by channel (FLUX.2, in the weights; QwenImage, in the configuration). Raises a ValueError if neither
+    configuration nor weights can express the normalisation of latents.
     """
     frozen = plan.autoencoder()
     if frozen is None:
         return None
     vae = copy.deepcopy(frozen.model).cpu()
-    if type(vae).__name__ in PATCHES:
-        _check_running(plan, vae, by_weights=by_weights)
+    if type(vae).__name__ in (*PATCHES, *FRAMES):
+        _check_own(plan, vae, by_itself=by_itself)
         return vae
     shift, scale = _numbers(frozen.shift), _numbers(frozen.scale)
     if len(shift) == len(scale) == 1 and (shifts or not shift.any()):
@@ -46,21 +46,31 @@ def exported_vae(plan: Export, *, shifts: bool = True, by_weights: bool = False)
     return vae
 
 
-def _check_running(plan: Export, vae: Any, *, by_weights: bool) -> None:
-    """Raise a ValueError unless the pipeline normalises latents by the weights, as this student's autoencoder does."""
+def _check_own(plan: Export, vae: Any, *, by_itself: bool) -> None:
+    """Raise a ValueError unless the pipeline normalises latents as this student's autoencoder does."""
     frozen, name = plan.autoencoder(), type(vae).__name__
     assert frozen is not None
-    if not by_weights:
-        raise ValueError(f"autoencoder: {name}: its latents are patches, which only FLUX.2's stock pipelines decode")
-    scale = (vae.bn.running_var.double() + vae.config.batch_norm_eps).rsqrt()
+    if not by_itself:
+        what = "those of videos, which only QwenImage's stock pipeline decodes"
+        if name in PATCHES:
+            what = "patches, which only FLUX.2's stock pipelines decode"
+        raise ValueError(f"autoencoder: {name}: its latents are {what}")
     own = torch.tensor(frozen.shift), torch.tensor(frozen.scale)
-    for given, wanted in zip(own, (vae.bn.running_mean, scale), strict=True):
+    for given, wanted in zip(own, _normalisation_of(vae), strict=True):
         if given.shape != wanted.shape or not torch.allclose(given.double(), wanted.double(), rtol=1e-5, atol=1e-6):
             raise ValueError(
-                f"autoencoder: {name}: its pipeline knows no other shift and scale than those of its weights"
+                f"autoencoder: {name}: its pipeline knows no other shift and scale than those that it has itself"
             )
     if plan.unit:
         raise ValueError(f"autoencoder: unit: {name} works on images on [-1, 1]")
+
+
+def _normalisation_of(vae: Any) -> tuple[Tensor, Tensor]:
+    """The shift and scale of latents by channel by which the pipelines of PATCHES and FRAMES normalise, float64."""
+    if type(vae).__name__ in FRAMES:
+        mean, std = (torch.tensor(vae.config[f"latents_{what}"], dtype=torch.float64) for what in ("mean", "std"))
+        return mean, 1 / std
+    return vae.bn.running_mean, (vae.bn.running_var.double() + vae.config.batch_norm_eps).rsqrt()
 
 
 @torch.no_grad()

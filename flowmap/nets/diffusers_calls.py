@@ -129,6 +129,10 @@ def _lumina2(net, x, time, cond):
     return -lumina2(net, x, 1 - time / 1000, cond["text"], cond.get("text_mask"))
 
 
+def _aura_flow(net, x, time, cond):
+    return net(x, encoder_hidden_states=cond["text"], timestep=time / 1000).sample
+
+
 class _Exact:
     """The first arguments of the next calls of a module, in place of those that it is given."""
 
@@ -200,4 +204,5 @@ CALLS: dict[str, Callable] = {
     "Flux2Transformer2DModel": _flux2,
     "HunyuanImageTransformer2DModel": _hunyuan_image,
     "Lumina2Transformer2DModel": _lumina2,
+    "AuraFlowTransformer2DModel": _aura_flow,
 }

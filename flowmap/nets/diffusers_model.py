@@ -32,10 +32,11 @@ from flowmap.nets.second_time import SECOND_TIMES, SecondTime
 from flowmap.nets.teacher_settings import check_network_settings, check_scheduler_settings, clock_of, limit_of
 from flowmap.nets.time_embedding import EMBED_T, last_layer, listening, refit
 
-BLOCKS = ("transformer_blocks", "layers")  # diffusers' names of a transformer's main list of blocks
+# diffusers' names of a transformer's main list of blocks
+BLOCKS = ("transformer_blocks", "layers", "single_transformer_blocks")
 # of all lists of blocks, in transformers and in the levels of U-Nets
 BLOCK_LISTS = (
-    *BLOCKS, "single_transformer_blocks", "noise_refiner", "context_refiner", "refiner_blocks",
+    *BLOCKS, "joint_transformer_blocks", "noise_refiner", "context_refiner", "refiner_blocks",
     "resnets", "attentions", "downsamplers", "upsamplers",
 )  # fmt: skip
 # parts of blocks that the model also calls outside their blocks

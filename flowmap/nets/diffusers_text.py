@@ -20,6 +20,7 @@ WIDTHS: dict[str, dict[str, tuple[str, ...]]] = {
     "Flux2Transformer2DModel": {"text": ("joint_attention_dim",)},
     "HunyuanImageTransformer2DModel": {"text": ("text_embed_dim",)},
     "Lumina2Transformer2DModel": {"text": ("cap_feat_dim",)},
+    "AuraFlowTransformer2DModel": {"text": ("joint_attention_dim",)},
     "SanaTransformer2DModel": {"text": ("caption_channels",)},
     "PixArtTransformer2DModel": {"text": ("caption_channels",)},
 }

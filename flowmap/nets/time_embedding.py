@@ -20,10 +20,12 @@ NUM_TIMES = 4096  # of the fit, even in t
 HARMONICS = 12  # half periods of the fastest cosine
 AT_NOISE = 1.0  # weight of t = 1, where every sample starts, in the fit of the cosines; the even times together have 1
 RIDGE = 1e-2  # of a diffusers network's fit, relative to the mean square of the features
-TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding", "t_embedder")  # names in diffusers
+TIME_EMBEDDINGS = ("timestep_embedder", "time_embedding", "t_embedder", "time_step_proj")  # names in diffusers
+SINUSOIDS = ("time_proj", "time_step_embed")  # of the sinusoids beside it
 LAST_LAYERS = ("linear_2", "mlp.2")  # names of the last layer of a time embedding
 OWN_TIMES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "QwenImageTransformer2DModel": lambda config, time: time / 1000,
+    "AuraFlowTransformer2DModel": lambda config, time: time / 1000,
     "SanaTransformer2DModel": lambda config, time: time * config.timestep_scale,
     "ZImageTransformer2DModel": lambda config, time: (1 - time / 1000) * config.t_scale,
     "Lumina2Transformer2DModel": lambda config, time: 1 - time / 1000,
@@ -140,7 +142,7 @@ def _sinusoids(model: Any, module: Any, embedding: Any) -> OfTime:
     """The sinusoids (B, features) that the embedding, a child of that module, is given."""
     from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-    sinusoids = dict(module.named_children()).get("time_proj")
+    sinusoids = next((child for name, child in module.named_children() if name in SINUSOIDS), None)
     if isinstance(sinusoids, Timesteps) and isinstance(embedding, TimestepEmbedding):
         return sinusoids
     if type(model).__name__ == "ZImageTransformer2DModel":

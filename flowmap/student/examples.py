@@ -22,6 +22,7 @@ MOST_TOKENS = {  # of prompts, by their pipelines' limits
     "ZImageTransformer2DModel": 512,
     "HunyuanImageTransformer2DModel": 1000,
     "Lumina2Transformer2DModel": 256,
+    "AuraFlowTransformer2DModel": 256,
 }
 
 

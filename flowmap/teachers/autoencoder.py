@@ -25,6 +25,8 @@ PATCHES = {"AutoencoderKLFlux2": 2}
 
 The weights of these classes have the mean and variance of each channel, by which their pipeline normalises.
 """
+LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # settings with a number for each level
+FRAMES = ("AutoencoderKLQwenImage",)  # autoencoders of videos: a picture is one frame
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Autoencoder:
     def outline(self) -> tuple[int, int] | None:
         """(latent channels, downsampling factor) from its config; None if the config does not define them."""
         _, config = self._place()
-        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        levels = next((config[key] for key in LEVELS if config.get(key)), None)
         channels, patch = _channels_of(config), PATCHES.get(str(config.get("_class_name")), 1)
         if not isinstance(levels, list) or channels is None:
             return None
@@ -114,7 +116,8 @@ class Autoencoder:
 
 def _channels_of(config: Mapping[str, Any]) -> int | None:
     """The number of channels of its latents, by its config."""
-    channels, patch = config.get("latent_channels"), PATCHES.get(str(config.get("_class_name")), 1)
+    channels = config.get("latent_channels") or config.get("z_dim")
+    patch = PATCHES.get(str(config.get("_class_name")), 1)
     return channels * patch**2 if isinstance(channels, int) else None
 
 
@@ -158,9 +161,7 @@ class FrozenAutoencoder:
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)
-        out = self.model.encode((x + 1) / 2 if self.unit else x)
-        (z,) = out.to_tuple()  # a distribution, or latents under a name that depends on the autoencoder
-        z = patched(self.model, z if isinstance(z, Tensor) else z.mode())
+        z = latents_of(self.model, (x + 1) / 2 if self.unit else x)
         return (z.float() - self._channels(self.shift)) * self._channels(self.scale)
 
     @torch.no_grad()
@@ -170,7 +171,7 @@ class FrozenAutoencoder:
     def decode_with_grad(self, z: Tensor) -> Tensor:
         """decode, with gradients for z."""
         z = z.to(self.device).float() / self._channels(self.scale) + self._channels(self.shift)
-        x = self.model.decode(unpatched(self.model, z).to(self.dtype)).sample.float()
+        x = pictures_of(self.model, z.to(self.dtype)).float()
         return 2 * x - 1 if self.unit else x
 
     def to(self, device) -> FrozenAutoencoder:
@@ -189,16 +190,24 @@ class FrozenAutoencoder:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
 
-def patched(model: nn.Module, z: Tensor) -> Tensor:
-    """The latents (B, c, h, w) of that autoencoder as a network reads them: of FLUX.2's (B, 4 c, h / 2, w / 2)."""
-    patch = PATCHES.get(type(model).__name__, 1)
-    return z if patch == 1 else F.pixel_unshuffle(z, patch)
+def latents_of(model: Any, x: Tensor) -> Tensor:
+    """The modes (B, c, h, w) of a diffusers autoencoder's latents for pictures x (B, C, H, W), before normalisation.
+
+    They are as a network reads them: of FLUX.2's autoencoder (B, 4 c, h / 2, w / 2).
+    """
+    name = type(model).__name__
+    (z,) = model.encode(x.unsqueeze(2) if name in FRAMES else x).to_tuple()  # its name depends on the autoencoder
+    z = z if isinstance(z, Tensor) else z.mode()
+    z = z.squeeze(2) if name in FRAMES else z
+    return F.pixel_unshuffle(z, PATCHES[name]) if name in PATCHES else z
 
 
-def unpatched(model: nn.Module, z: Tensor) -> Tensor:
-    """The inverse of patched."""
-    patch = PATCHES.get(type(model).__name__, 1)
-    return z if patch == 1 else F.pixel_shuffle(z, patch)
+def pictures_of(model: Any, z: Tensor) -> Tensor:
+    """The pictures (B, C, H, W) that a diffusers autoencoder decodes latents of latents_of to."""
+    name = type(model).__name__
+    z = F.pixel_shuffle(z, PATCHES[name]) if name in PATCHES else z
+    x = model.decode(z.unsqueeze(2) if name in FRAMES else z, return_dict=False)[0]
+    return x.squeeze(2) if name in FRAMES else x
 
 
 def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, ...]) -> Path:

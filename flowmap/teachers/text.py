@@ -306,6 +306,11 @@ def _lumina2(pipeline, prompts, device, length):
     return {"text": text, "text_mask": mask}
 
 
+def _aura_flow(pipeline, prompts, device, length):
+    """Its masked tokens are zeros, which the network reads."""
+    return {"text": pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=device, **length)[0]}
+
+
 def _z_image(pipeline, prompts, device, length):
     """Pad to the maximum length: this pipeline gives a list of the real tokens of each prompt."""
     most = length.get("max_sequence_length", 512)
@@ -330,6 +335,7 @@ PIPELINES = {
     "Flux2KleinPipeline": _flux2,
     "HunyuanImagePipeline": _hunyuan_image,
     "Lumina2Pipeline": _lumina2,
+    "AuraFlowPipeline": _aura_flow,
 }
 
 

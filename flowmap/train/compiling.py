@@ -21,11 +21,6 @@ from flowmap.nets.blocks import blocks_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.recipe import Recipe
 
-WRONG_IN_BF16 = {"UNet2DConditionModel"}
-"""Networks that inductor differentiates wrongly under bf16 autocast on a CPU (torch 2.13): most gradients are zero,
-also by torch.compile alone. Blocks of it alone, float32, and its graphs without inductor are right.
-"""
-
 BLOCK_CALLS, CPU_CALLS, GPU_CALLS = 5_000, 50_000, 5_000
 """The number of micro-batches from which `auto` compiles: on a CPU networks of equal blocks and others, and on a GPU.
 
@@ -55,6 +50,9 @@ def compile_networks(
     """
     if not pays(recipe, device, by_blocks=True):
         return []
+    if device == "cpu" and "bf16" in recipe.trainer.precision:  # docs/guide/numerics.md#compile
+        log("trainer.compile: bf16 runs uncompiled on a CPU, where compiled gradients of some networks are wrong")
+        return []
     backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     kept = Path.home() / ".cache" / "flowmap" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
@@ -66,9 +64,6 @@ def compile_networks(
     for name, nets in (("student", students), ("teacher", frozen)):
         first: dict[tuple, Compiled] = {}
         for net in nets:
-            if (network := _differentiated_wrongly(net, recipe, device)) is not None:
-                log(f"trainer.compile: {name}: {network} runs uncompiled: bf16 gradients on a CPU would be wrong")
-                continue
             blocks = [] if backend is not None else _outermost(blocks_of(net.net))
             alike = bool(blocks) and len({_kind(block) for block in blocks}) <= len(blocks) // 2
             if not pays(recipe, device, by_blocks=alike):
@@ -81,13 +76,6 @@ def compile_networks(
                 found += compiled.ways
         found += (way for compiled in first.values() for way in compiled.ways)
     return found
-
-
-def _differentiated_wrongly(net: FlowMapNet, recipe: Recipe, device: str) -> str | None:
-    """The class in the network that makes its compiled gradients wrong, or None."""
-    if device != "cpu" or "bf16" not in recipe.trainer.precision:
-        return None
-    return next((found for part in net.modules() if (found := type(part).__name__) in WRONG_IN_BF16), None)
 
 
 def _cuda_graphs(recipe: Recipe, device: str) -> Callable:

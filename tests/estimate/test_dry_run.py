@@ -42,7 +42,8 @@ def test_attention_is_counted_and_keeps_no_matrix_of_tokens_by_tokens():
     assert large.kept_bytes < 17 * small.kept_bytes
 
 
-LARGE_CARDS = ("flux-dev", "sd35-medium", "z-image", "flux2-klein-base-4b", "hunyuan-image-2.1", "lumina2")
+LARGE_CARDS = ("flux-dev", "sd35-medium", "z-image", "flux2-klein-base-4b", "hunyuan-image-2.1", "lumina2",
+               "qwen-image", "auraflow", "sdxl")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [

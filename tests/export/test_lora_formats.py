@@ -25,6 +25,7 @@ from flowmap.student.student import Student
 from tests.support.tiny_nets import (
     POOLED,
     TEXT,
+    aura_flow,
     diffusers,
     flux2,
     lumina2,
@@ -146,7 +147,9 @@ def guided_flux2():
 
 
 @pytest.mark.parametrize(
-    "make", [sd3, with_two_attentions, sana, guided_flux2, z_image, wide_lumina2], ids=lambda make: make.__name__
+    "make",
+    [sd3, with_two_attentions, sana, guided_flux2, z_image, wide_lumina2, aura_flow],
+    ids=lambda make: make.__name__,
 )
 def test_diffusers_own_conversion_of_the_whole_checkpoint_gives_the_same_matrices(make):
     """Adapters of every layer, added to an original checkpoint of zeros, which diffusers then converts."""
@@ -159,6 +162,7 @@ def test_diffusers_own_conversion_of_the_whole_checkpoint_gives_the_same_matrice
         "Flux2Transformer2DModel": utils.convert_flux2_transformer_checkpoint_to_diffusers,
         "ZImageTransformer2DModel": utils.convert_z_image_transformer_checkpoint_to_diffusers,
         "Lumina2Transformer2DModel": utils.convert_lumina2_to_diffusers,
+        "AuraFlowTransformer2DModel": utils.convert_auraflow_transformer_checkpoint_to_diffusers,
     }[network]
     layers = {
         name: layer for name, layer in model.named_modules()
@@ -201,9 +205,11 @@ def _zeros(model, layers, network) -> dict[str, torch.Tensor]:
             for end in ("weight", "bias"):
                 rows = [getattr(layers[part], end) for part in parts]
                 found |= {} if rows[0] is None else {f"{layer}.{end}": torch.cat([torch.zeros_like(r) for r in rows])}
+    blank = torch.zeros(1)
+    if network == "AuraFlowTransformer2DModel":
+        return found | {"positional_encoding": blank}
     if network not in ("SanaTransformer2DModel", "SD3Transformer2DModel"):
         return found
-    blank = torch.zeros(1)
     blocks = range(len(model.transformer_blocks))
     if network.startswith("Sana"):
         names = ["pos_embed", "y_embedder.y_embedding", "attention_y_norm.weight", "final_layer.scale_shift_table"]

@@ -19,7 +19,7 @@ from tests.export.alone import alone, foreign, shaken, snippet
 from tests.support import parity, tiny_nets
 
 diffusers = pytest.importorskip("diffusers")
-TODAY = ("z_image", "flux2", "hunyuan_image", "lumina2")
+TODAY = ("z_image", "flux2", "hunyuan_image", "lumina2", "aura_flow")
 
 
 def flowing(name):

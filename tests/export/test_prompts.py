@@ -41,6 +41,7 @@ LORAS = {
     "flux2": ((*EVERY, "to_qkv_mlp_proj"), (16, 4, 4)),
     "hunyuan_image": (EVERY, (4, 8, 8)),
     "lumina2": (EVERY, (4, 8, 8)),
+    "aura_flow": (EVERY, (4, 8, 8)),
 }
 EFFECTS = {"z_image": 2e-4, "flux2": 1e-3, "hunyuan_image": 2e-4, "lumina2": 1e-3}  # the effect of another prompt
 TOKENS = {"sd": None, "lumina2": 50}  # of a prompt, where they are not 16

@@ -19,7 +19,20 @@ from flowmap.samplers import Deterministic, Gamma
 from flowmap.student.config import ImageLatents
 from tests.export.alone import alone, foreign, own_modules, snippet
 from tests.support import parity
-from tests.support.tiny_nets import flux, flux2, hunyuan_image, kl, kl_flux2, lumina2, qwen, sana, sd3, z_image
+from tests.support.tiny_nets import (
+    aura_flow,
+    flux,
+    flux2,
+    hunyuan_image,
+    kl,
+    kl_flux2,
+    kl_qwen,
+    lumina2,
+    qwen,
+    sana,
+    sd3,
+    z_image,
+)
 
 diffusers = pytest.importorskip("diffusers")
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -63,6 +76,7 @@ CASES = {
     ),
     "hunyuan_image": Case(hunyuan_image, (1, 4), any_steps=True),
     "lumina2": Case(lumina2, (2,)),
+    "aura_flow": Case(aura_flow, (1, 4)),
     "flux2_dev": Case(lambda: flux2(guidance_embeds=True), (2,), returns=lambda x: x.flatten(2).transpose(1, 2)),
 }
 ROWS = [(name, steps) for name, case in CASES.items() for steps in case.steps]
@@ -205,6 +219,33 @@ def test_the_autoencoder_goes_along_and_decodes_alike(tmp_path, monkeypatch):
             prompt_embeds=text, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=2, output_type="pt", **call
         ).images
         torch.testing.assert_close(got, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_qwen_image_decodes_one_frame_of_its_autoencoder_of_videos(tmp_path):
+    torch.manual_seed(0)
+    vae, student = kl_qwen().eval(), student_of("qwen")
+    shift, scale = tuple(vae.config.latents_mean), tuple(1 / std for std in vae.config.latents_std)
+    object.__setattr__(student.config, "samples", ImageLatents("kl"))
+    student.autoencoder = Frozen(vae, shift, scale)
+    z, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    cond = {"text": text, "text_mask": torch.ones(2, 5, dtype=torch.long), "guidance": torch.full((2,), 2.0)}
+    channels = lambda values: torch.tensor(values).view(-1, 1, 1)
+    latents = student.config.sampler(student.flow_map, z, cond, steps=2) / channels(scale) + channels(shift)
+    with torch.no_grad():
+        wanted = vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
+    out = export(student, tmp_path / "out", steps=2)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out, text_encoder=None, tokenizer=None)
+    side = dict(height=16, width=16, true_cfg_scale=1.0, output_type="pt", num_inference_steps=2)
+    got = pipe(prompt_embeds=text, prompt_embeds_mask=cond["text_mask"], latents=pack(z), **side).images
+    torch.testing.assert_close(got, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="^autoencoder: AutoencoderKLQwenImage: its latents are those of videos"):
+        export(student, tmp_path / "custom", steps=2, custom=True)
+    student.autoencoder = Frozen(vae, (0.0,), scale)
+    with pytest.raises(ValueError, match="knows no other shift and scale"):
+        export(student, tmp_path / "shifted", steps=2)
+    student.autoencoder = Frozen(kl().eval(), (0.0,), (1.0,))
+    with pytest.raises(ValueError, match="decodes with an autoencoder for video, which AutoencoderKL is not"):
+        export(student, tmp_path / "of pictures", steps=2)
 
 
 def test_a_shift_of_latents_is_refused_where_the_pipeline_knows_none(tmp_path):

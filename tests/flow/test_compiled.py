@@ -29,6 +29,7 @@ B = 3
 SLOW = ("UNet2DConditionModel", "UNet2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
         "QwenImageTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel", "ZImageTransformer2DModel",
         "Flux2Transformer2DModel", "HunyuanImageTransformer2DModel", "Lumina2Transformer2DModel",
+        "AuraFlowTransformer2DModel",
         "edm_adm", "edm_ddpmpp", "edm_ddpmpp, ncsnpp")  # fmt: skip
 """Capturing these takes longer, or another one has their blocks."""
 WALKED = lambda graph, inputs: graph.forward
@@ -308,8 +309,20 @@ def test_the_split_of_loops_is_left_out_where_it_fails(monkeypatch):
     assert CppScheduling.try_loop_split(None, ["a kernel"]) == ["a kernel"]
 
 
+WRONG_IN_BF16 = {
+    "UNet2DConditionModel": "inductor's kernels, also by torch.compile alone; the operation is not known",
+    "AuraFlowTransformer2DModel": "g++ 12.2 at -O3 miscompiles a kernel that transposes two tensors of bf16 (AVX-512)",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(one, marks=[pytest.mark.xfail(reason=WRONG_IN_BF16[one])] if one in WRONG_IN_BF16 else [])
+        for one in SMALL
+    ],
+)
 def test_so_it_is_under_autocast(name):
     check_rounding(name, inductor)
 

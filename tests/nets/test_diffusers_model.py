@@ -52,6 +52,7 @@ FAMILIES = {
     "FLUX.2": (tiny_nets.flux2, TEXT, (4, 8, 8), ("flow",)),
     "HunyuanImage": (tiny_nets.hunyuan_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
     "Lumina 2": (tiny_nets.lumina2, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
+    "AuraFlow": (tiny_nets.aura_flow, TEXT, (4, 8, 8), ("flow",)),
     "Z-Image": (tiny_nets.z_image, TEXT | {"text_mask": SOME}, (4, 8, 8), ("flow",)),
 }
 BY_DIFFERENCES = ("UNet2D",)

@@ -166,6 +166,7 @@ def test_every_tiny_network_of_every_family_passes():
         tiny_nets.flux2,
         tiny_nets.hunyuan_image,
         tiny_nets.lumina2,
+        tiny_nets.aura_flow,
     ):
         net = make()
         check_network_settings(type(net).__name__, json.dumps(dict(net.config), default=str), (4, 8, 8))
@@ -175,7 +176,7 @@ PIPELINES = (
     "DDPMPipeline DDIMPipeline DiTPipeline StableDiffusionPipeline StableDiffusionXLPipeline "
     "StableDiffusion3Pipeline FluxPipeline "
     "SanaPipeline PixArtAlphaPipeline PixArtSigmaPipeline QwenImagePipeline StableDiffusionXLImg2ImgPipeline "
-    "ZImagePipeline Flux2Pipeline Flux2KleinPipeline HunyuanImagePipeline Lumina2Pipeline"
+    "ZImagePipeline Flux2Pipeline Flux2KleinPipeline HunyuanImagePipeline Lumina2Pipeline AuraFlowPipeline"
 ).split()
 
 

@@ -27,7 +27,8 @@ from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.recipe import list_recipes, read_recipe
 
 SLIPS = {"null": None, "text": "text", "list": [1], "nan": math.nan, "inf": math.inf, "-1": -1, "0": 0, "1e40": 1e40}
-LARGE = ("flux", "sd35", "sd15", "sana", "imagenet", "dit256", "z-image", "hunyuan", "lumina2")
+LARGE = ("flux", "sd35", "sd15", "sana", "imagenet", "dit256", "z-image", "hunyuan", "lumina2", "sdxl", "pixart",
+         "qwen-image", "auraflow")  # fmt: skip
 SECONDS = 6.0  # of a processor's time for one dry run; the first in a process imports libraries as well
 TOY = ("toy/mixture",)
 

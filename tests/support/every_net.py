@@ -113,6 +113,7 @@ SMALL = {
     "Flux2Transformer2DModel": Sized(pretrained(tiny_nets.flux2, FLOW), conditions=WORDS),
     "HunyuanImageTransformer2DModel": Sized(pretrained(tiny_nets.hunyuan_image, FLOW), conditions=WORDS),
     "Lumina2Transformer2DModel": Sized(pretrained(tiny_nets.lumina2, FLOW), conditions=WORDS),
+    "AuraFlowTransformer2DModel": Sized(pretrained(tiny_nets.aura_flow, FLOW), conditions=WORDS),
     "UNet2DModel": Sized(pretrained(lambda: tiny_nets.unet(8), NOISE, (3, 8, 8)), (3, 8, 8)),
     "UNet2DConditionModel": Sized(pretrained(tiny_nets.sd, NOISE), conditions=WORDS),
 }
@@ -219,6 +220,10 @@ WIDE = {
     "Lumina2Transformer2DModel": wide(
         wide_pretrained("Lumina2Transformer2DModel", FLOW, (16, 8, 8), num_layers=1, cap_feat_dim=2304),
         (16, 8, 8), text=(16, 2304),
+    ),
+    "AuraFlowTransformer2DModel": wide(
+        wide_pretrained("AuraFlowTransformer2DModel", FLOW, (4, 8, 8), num_mmdit_layers=1, num_single_dit_layers=1),
+        (4, 8, 8), text=(16, 2048),
     ),
     "UNet2DModel": unet(attention_head_dim=None),
     "UNet2DConditionModel": wide(

@@ -144,10 +144,25 @@ def lumina2():
     )  # fmt: skip
 
 
+def aura_flow():
+    return diffusers.AuraFlowTransformer2DModel(
+        **HEADS, sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1,
+        num_single_dit_layers=1, joint_attention_dim=TEXT, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+
+
 def kl_hunyuan_image():
     return diffusers.AutoencoderKLHunyuanImage(
         in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
         spatial_compression_ratio=2, sample_size=16, scaling_factor=0.6,
+    )  # fmt: skip
+
+
+def kl_qwen():
+    """An autoencoder of videos, whose latents have a mean and a standard deviation by channel."""
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
     )  # fmt: skip
 
 

@@ -198,10 +198,24 @@ def lumina2():
     )  # fmt: skip
 
 
+def aura_flow():
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), vae=kl(), transformer=tiny_nets.aura_flow(), scheduler=flow(shift=1.7)
+    )
+
+
+def qwen_image():
+    return diffusers.QwenImagePipeline(
+        transformer=tiny_nets.qwen(), scheduler=flow(shift=3.0), vae=tiny_nets.kl_qwen(), text_encoder=qwen3(3),
+        tokenizer=tokenizer(80),
+    )  # fmt: skip
+
+
 PIPELINES = {
     "dit": dit, "sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux, "sana": sana, "pixart": pixart,
     "z_image": z_image, "flux2": flux2,
-    "hunyuan_image": hunyuan_image, "lumina2": lumina2,
+    "hunyuan_image": hunyuan_image, "lumina2": lumina2, "aura_flow": aura_flow,
+    "qwen_image": qwen_image,
 }  # fmt: skip
 
 

@@ -65,10 +65,25 @@ def test_other_classes_of_autoencoders(tmp_path):
         num_decoder_blocks=(1, 1),
     ).save_pretrained(tmp_path / "tiny")
     tiny_nets.dc().save_pretrained(tmp_path / "dc")
-    for name in ("tiny", "dc"):
+    tiny_nets.kl_qwen().save_pretrained(tmp_path / "of videos")
+    for name in ("tiny", "dc", "of videos"):
         frozen = Autoencoder(source=str(tmp_path / name)).load()
         z = frozen.encode(torch.zeros(2, 3, 16, 16))
         assert z.shape[:2] == (2, 4) and frozen.decode(z).shape == (2, 3, 16, 16)
+
+
+def test_a_picture_is_one_frame_of_an_autoencoder_of_videos(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_nets.kl_qwen().eval()
+    model.save_pretrained(tmp_path)
+    spec, x = Autoencoder(source=str(tmp_path)), torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    frozen = spec.load()
+    assert spec.outline() == (4, 2)
+    with torch.no_grad():
+        mean = model.encode(x.unsqueeze(2)).latent_dist.mode()
+        own, std = (torch.tensor(model.config[f"latents_{what}"]).view(-1, 1, 1) for what in ("mean", "std"))
+        torch.testing.assert_close(frozen.encode(x), (mean.squeeze(2) - own) / std)
+        torch.testing.assert_close(frozen.decode(frozen.encode(x)), model.decode(mean).sample.squeeze(2))
 
 
 def test_what_does_not_fit_is_one_line(tmp_path):

@@ -28,6 +28,8 @@ EXPECTED = {
     "flux2": (12, 96, set()),
     "hunyuan_image": (12, 32, {"text_mask"}),
     "lumina2": (50, 32, {"text_mask"}),
+    "aura_flow": (12, 32, set()),
+    "qwen_image": (12, 32, {"text_mask"}),
 }
 
 

@@ -93,7 +93,8 @@ def card(path, source, shape, num_classes=None):
 PIPELINES = {
     "dit256": "dit", "sd15": "sd", "sd35-medium": "sd3", "sana": "sana", "flux-dev-lora": "flux",
     "z-image-lora": "z_image", "flux2-klein-lora": "flux2", "hunyuan-image-lora": "hunyuan_image",
-    "lumina2": "lumina2",
+    "lumina2": "lumina2", "qwen-image-lora": "qwen_image", "auraflow-lora": "aura_flow", "sdxl": "sdxl",
+    "pixart-sigma": "pixart",
 }  # fmt: skip
 SHAPES = {"flux2": (16, 4, 4)}  # of latents, where they are not (4, 8, 8)
 TOKENS = {"lumina2": 50}  # of a prompt with the instruction before it, where they are not 12
@@ -108,7 +109,7 @@ def tiny_file(recipe, folder):
         parts = f", autoencoder: {{source: {pipe}}}" + (
             f", text: {{source: {pipe}, max_tokens: {TOKENS.get(family, 12)}}}" if family != "dit" else ""
         )
-        if family == "sd":
+        if family in ("sd", "sdxl"):
             parts = parts.replace(", max_tokens: 12", "")
         where = card(folder / "card.yaml", pipe, SHAPES.get(family, (4, 8, 8)), 10 if family == "dit" else None)
     else:
