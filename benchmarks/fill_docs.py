@@ -40,8 +40,9 @@ FILES = {
     **{f"language_{one}": "language.json"
        for one in ("few", "edit", "control", "infill", "samples", "edited", "infilled")},
     **{f"language_{one}": "language_tokens.json" for one in ("tokens", "filled", "tags", "tagged")},
-    **{f"{name}_{one}": f"{name}.json" for name in ("league_digits", "league_digits_new", "league_fashion14")
-       for one in ("quality", "train", "best", "recall")},
+    **{f"{name}_{one}": f"{name}.json"
+       for name in ("league_digits", "league_digits_new", "league_fashion14", "league_fashion14_joint")
+       for one in ("quality", "ratios", "train", "best", "recall", "precision", "classes")},
     "score_distillation_causes": "score_distillation.json",
     **{f"peers_{one}": "peers.json"
        for one in ("agreement", "timing", "quality", "ahead", "recall", "train")},

@@ -12,11 +12,15 @@ from lib.report import spread
 def tables(found: Mapping[str, Any], default: str) -> dict[str, dict]:
     """name -> {"columns": [...], "rows": [[...], ...]}, of the first metric, to held-out samples.
 
-    `train` is the same to training samples; `recall`, `precision`, and `classes`, the distance in the second feature
-    space, are there if they are among the metrics.
+    `ratios` compares with the default within seeds. `train` is the same to training samples; `recall`, `precision`, and
+    `classes`, the distance in the second feature space, are there if they are among the metrics.
     """
     metrics = found["metrics"]
-    made = {"quality": quality(found, metrics[0]), "best": best(found, metrics[0], default)}
+    made = {
+        "quality": quality(found, metrics[0]),
+        "ratios": ratios(found, metrics[0], default),
+        "best": best(found, metrics[0], default),
+    }
     others = {
         "recall": next((metric for metric in metrics if metric.startswith("recall")), None),
         "precision": next((metric for metric in metrics if metric.startswith("precision")), None),
@@ -43,6 +47,21 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
             rows.append([label, *[_said(row[metric])] * len(steps), *blank])
     heads = ["optimiser steps", "own seconds", "peak GiB", "diverged"] if costs else []
     return {"columns": [metric, *(f"{k} step{'s' * (k != '1')}" for k in steps), *heads], "rows": rows}
+
+
+def ratios(found: Mapping[str, Any], metric: str, default: str) -> dict:
+    """A row for each recipe: its figure divided by the default's of the same seed, and in how many seeds it is less."""
+    steps, rows = list(map(str, found["terms"]["steps"])), []
+    for name, one in sorted(found["recipes"].items(), key=lambda item: _middle(item[1], "2", metric)):
+        if name != default:
+            rows.append([name, *(_ratio(found, name, default, k, metric) for k in steps)])
+    return {"columns": [f"{metric}, over {default}'s", *(f"{k} step{'s' * (k != '1')}" for k in steps)], "rows": rows}
+
+
+def _ratio(found: Mapping[str, Any], name: str, default: str, k: str, metric: str) -> str:
+    pairs = zip(_by_seed(found, name, k, metric), _by_seed(found, default, k, metric), strict=True)
+    values = [mine / theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+    return f"{spread(values)}; less in {sum(v < 1 for v in values)} of {len(values)}" if values else ""
 
 
 def best(found: Mapping[str, Any], metric: str, default: str) -> dict:
