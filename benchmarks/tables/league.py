@@ -52,7 +52,7 @@ def quality(found: Mapping[str, Any], metric: str, costs: bool = True) -> dict:
 def ratios(found: Mapping[str, Any], metric: str, default: str) -> dict:
     """A row for each recipe: its figure divided by the default's of the same seed, and in how many seeds it is less."""
     steps, rows = list(map(str, found["terms"]["steps"])), []
-    for name, one in sorted(found["recipes"].items(), key=lambda item: _middle(item[1], "2", metric)):
+    for name, _ in sorted(found["recipes"].items(), key=lambda item: _middle(item[1], "2", metric)):
         if name != default:
             rows.append([name, *(_ratio(found, name, default, k, metric) for k in steps)])
     return {"columns": [f"{metric}, over {default}'s", *(f"{k} step{'s' * (k != '1')}" for k in steps)], "rows": rows}
