@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TAGS = "tags"  # the condition of sentences whose tokens are their tags
+
 
 def tagged(text: str, key: str = "metrics") -> list[tuple[str, str]]:
     """(word, tag) of every word and punctuation mark of a text.

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from flowmap.base.schema import RecipeError, to_plain
+from flowmap.base.tagger import TAGS
 from flowmap.build.data import build_data, build_samples
 from flowmap.data import Encoded, Pairs, TeacherSamples, Text
 from flowmap.data.dataset import BaseData, Source
@@ -20,7 +21,7 @@ from flowmap.data.shards import INDEX
 from flowmap.data.text.dataset import Attribute
 from flowmap.data.text.described import SIDES
 from flowmap.data.text.latents import WithTokenizer
-from flowmap.data.text.token_rows import TAGS, TokenCondition
+from flowmap.data.text.token_rows import TokenCondition
 from flowmap.data.text.tokens import BPE
 from flowmap.nets.text_joint import TextJoint
 from flowmap.plan.cards import weights_folder

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flowmap.base.tagger import tagged
+from flowmap.base.tagger import TAGS, tagged
 from flowmap.metrics.spec import Classes, WithSources
 from flowmap.metrics.text import TextMetric, classifier, library
 from flowmap.metrics.text_features import check_features, features_of
 from flowmap.metrics.text_tags import KINDS, kind_of_phrase
 
 Cond = Mapping[str, Tensor]
-TAGS = "tags"  # the condition
 
 
 @dataclass(frozen=True)

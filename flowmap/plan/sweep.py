@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from flowmap.base.schema import RecipeError, to_plain
-from flowmap.metrics import MMD, TRAIN, CLIPScore, Frechet, Infilled, PrecisionRecall, TagHit
+from flowmap.data.text.dataset import LENGTH
+from flowmap.metrics import MMD, TRAIN, CLIPScore, Control, Frechet, Infilled, PrecisionRecall, TagHit
 from flowmap.metrics.clip_score import score_key
-from flowmap.metrics.direction import direction
+from flowmap.metrics.direction import HIT, direction
 from flowmap.metrics.features import short_name
 from flowmap.metrics.reference import HELD_OUT
 from flowmap.recipe.kinds import TABLES
@@ -181,10 +182,11 @@ def _metric(recipe: Recipe, metric: str | None, steps: int | None) -> str:
     """The name of the figure, without its number of steps."""
     _steps(recipe, steps)
     nothing_held_out = to_plain(recipe.data, TABLES).get("held_out") == 0
+    known = lambda spec: _names(spec, getattr(recipe.data, "attributes", ()))
     with_file = lambda spec: getattr(spec, "reference_of", None) == HELD_OUT
     alone = [nothing_held_out and spec.on_samples and not with_file(spec) for spec in recipe.metrics]
-    names = [name + TRAIN * only for spec, only in zip(recipe.metrics, alone, strict=True) for name in _names(spec)]
-    of_training = [name + TRAIN for spec in recipe.metrics if spec.on_samples for name in _names(spec)]
+    names = [name + TRAIN * only for spec, only in zip(recipe.metrics, alone, strict=True) for name in known(spec)]
+    of_training = [name + TRAIN for spec in recipe.metrics if spec.on_samples for name in known(spec)]
     if not names:
         raise ValueError("--metric: the recipe measures nothing that is known to be better low or high")
     if metric is None:
@@ -195,14 +197,16 @@ def _metric(recipe: Recipe, metric: str | None, steps: int | None) -> str:
     return metric if metric in (*names, *of_training) else found[0]
 
 
-def _names(spec: Any) -> Iterator[str]:
-    """The names of a metric's figures whose better direction is known."""
+def _names(spec: Any, attributes: Sequence[str]) -> Iterator[str]:
+    """The names of a metric's figures whose better direction is known. attributes: of the recipe's sentences."""
     if isinstance(spec, (Frechet, MMD)):
         yield spec.key
     elif isinstance(spec, PrecisionRecall):
         yield from (f"{name}_{short_name(spec.features)}" for name in ("precision", "recall"))
     elif isinstance(spec, CLIPScore):
         yield score_key(spec.model)
+    elif isinstance(spec, Control):
+        yield from ("length_within" if name == LENGTH else f"{name}{HIT}" for name in attributes)
     elif isinstance(spec, TagHit):
         yield from ("tag_hit", "tags_exactly")
     elif isinstance(spec, Infilled):

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from flowmap.base.ranges import BelowOne, Count, MaxTokens, Range, Seed
 from flowmap.base.schema import added
+from flowmap.base.tagger import TAGS
 from flowmap.data.dataset import Dataset, Source, looked_at
 from flowmap.data.text.described import SIDES, Described, LatentSides, Tags, TokenSides, parts_of
 from flowmap.data.text.latents import Latent, TextCoder, WithTokenizer
 from flowmap.data.text.sources import Sentence, TextSource, WordNet
-from flowmap.data.text.token_rows import TAGGER, TAGS, TokenCondition
+from flowmap.data.text.token_rows import TAGGER, TokenCondition
 from flowmap.data.text.tokens import BPE, Tokenizer, Tokens
 from flowmap.flow.types import Cond
 

@@ -9,8 +9,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from flowmap.base.tagger import TAGS
 from flowmap.data.text.sources import Sentence
-from flowmap.data.text.token_rows import LEFT, RIGHT, TAGGER, TAGS, TokenCondition, side_rows, tag_rows, tags_of
+from flowmap.data.text.token_rows import LEFT, RIGHT, TAGGER, TokenCondition, side_rows, tag_rows, tags_of
 from flowmap.data.text.tokens import Tokens
 
 SIDES = {LEFT: 0, RIGHT: 2}  # their places in parts_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowmap.base.tagger import tagged
 from flowmap.data.text.tokens import PairTokens, Tokens
 
-LEFT, RIGHT, TAGS = "left", "right", "tags"
+LEFT, RIGHT = "left", "right"
 TAGGER = "tagger"  # of data.tags: the tags are those of base/tagger.py
 WORDS = "words"  # the vocabulary of the autoencoder's tokenizer
 
