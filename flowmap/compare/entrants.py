@@ -17,13 +17,14 @@ from flowmap.recipe import Recipe, read_recipe
 from flowmap.recipe.kinds import TABLES
 from flowmap.recipe.settings import FromRecipe
 
+SEED = "seed="  # the start of an override
 # settings in steps, which a recipe chose for its own length
 LENGTHS = ("start", "decay_from", "warmup_steps", "anneal_steps", "perceptual_after_steps", "begin_steps", "end_steps")
 
 
 def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
     """The recipes with the overrides; raises RecipeError if they cannot be compared."""
-    entrants = [read_recipe(name, overrides) for name in names]
+    entrants = [_one_teacher(read_recipe(name, overrides)) for name in names]
     if not entrants:
         raise RecipeError("recipes: none were given")
     twice = [e.name for i, e in enumerate(entrants) if any(e.name == other.name for other in entrants[:i])]
@@ -35,6 +36,18 @@ def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[R
         _check(entrant)
         _check_alike(entrants[0], entrant)
     return entrants
+
+
+def _one_teacher(entrant: Recipe) -> Recipe:
+    """The recipe with its teacher's seed, where one is given, for the same teacher of its pairs as well."""
+    slot, coupling = entrant.teacher, entrant.coupling
+    if slot is None or not isinstance(coupling, Pairs) or coupling.teacher is None:
+        return entrant
+    seed = [word for word in slot.overrides if word.startswith(SEED)]
+    alike = (coupling.teacher.card, coupling.teacher.recipe) == (slot.card, slot.recipe)
+    if not seed or not alike or any(word.startswith(SEED) for word in coupling.teacher.overrides):
+        return entrant
+    return entrant.changed(coupling=replace(coupling, teacher=_told(coupling.teacher, *seed)))
 
 
 def _check(entrant: Recipe) -> None:
@@ -116,7 +129,7 @@ def _told(slot: TeacherSlot | FromRecipe, *words: str) -> Any:
 
 
 def _taught_at(slot: TeacherSlot, seed: int) -> TeacherSlot:
-    return slot if any(word.startswith("seed=") for word in slot.overrides) else _told(slot, f"seed={seed}")
+    return slot if any(word.startswith(SEED) for word in slot.overrides) else _told(slot, f"{SEED}{seed}")
 
 
 def of_length(recipe: Recipe, steps: int) -> Recipe:

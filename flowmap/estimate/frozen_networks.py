@@ -6,6 +6,7 @@ in the published sizes. They run in float32, except for text encoders of caption
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ ENCODERS: Mapping[str, tuple[float, float]] = {
     "Lumina2Transformer2DModel": (0, 2.61e9),
     "AuraFlowTransformer2DModel": (0, 1.2e9),
 }
+SDXL_ENCODERS = (0.82e9, 0.0)
 
 
 def picture_networks(recipe: Recipe) -> dict[str, tuple[PictureNetwork, int]]:
@@ -73,8 +75,11 @@ def live_text(recipe: Recipe) -> bool:
 def encoders_of(config: StudentConfig) -> tuple[float, float]:
     """The parameters of the text encoders of the network's pipeline; 0 if it has none or they are not known."""
     net = net_within(config.net)
-    known = config.text is not None and isinstance(net, DiffusersModel)
-    return ENCODERS.get(net.network, (0, 0)) if known else (0, 0)
+    if config.text is None or not isinstance(net, DiffusersModel):
+        return (0, 0)
+    if json.loads(net.settings).get("addition_embed_type") == "text_time":
+        return SDXL_ENCODERS
+    return ENCODERS.get(net.network, (0, 0))
 
 
 def encoder_bytes(config: StudentConfig, precision: str = "32") -> float:

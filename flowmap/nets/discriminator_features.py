@@ -22,7 +22,10 @@ from flowmap.flow.types import Cond, broadcast_time
 from flowmap.nets.discriminator import Head, channels_of, check_shape
 
 MOST_BLOCKS = 4
-ROWS_OF_BLOCKS = ("blocks", "unet.enc", "model.enc", "model.transformer_blocks", "model.down_blocks")
+ROWS_OF_BLOCKS = (
+    "blocks", "unet.enc", "model.enc", "model.transformer_blocks", "model.layers", "model.single_transformer_blocks",
+    "model.down_blocks",
+)  # fmt: skip
 
 Trunk = Callable[[Tensor], Tensor | list[Tensor]]
 

@@ -21,6 +21,9 @@ from flowmap.nets.unfilled import without_weights
 from flowmap.nets.weight_files import check_weight_files, stored_in_bfloat16
 
 NETWORK = ("transformer", "unet")
+# the class of DiT and PixArt in pipelines of before diffusers split it, and what it is by its norm_type
+FORMERLY = "Transformer2DModel"
+NOW = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 def load_pretrained(
@@ -73,6 +76,9 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
     import diffusers
 
     part, network = _component(source, revision, NETWORK)
+    if network == FORMERLY:
+        kind = diffusers.Transformer2DModel.load_config(source, subfolder=part, revision=revision).get("norm_type")
+        network = NOW.get(kind, network)
     scheduler_folder, scheduler = _component(source, revision, ("scheduler",))
     place = _at(source, revision)
     _check_weights(source, part)

@@ -78,6 +78,9 @@ def _log_each(log: Callable[[str], None], lines: list[str]) -> None:
         log(line)
 
 
+PIXELS_AT_ONCE = 1 << 23  # 32 pictures of 512 x 512: an autoencoder holds some kilobytes of each pixel
+
+
 class Encoder:
     """Encode pictures and captions into the columns of a shard; networks are loaded when they are first needed."""
 
@@ -120,7 +123,9 @@ class Encoder:
     def _latents(self, images: Tensor) -> Tensor:
         if self.spec.autoencoder is None:
             return images
-        return _compact(self._autoencoder.encode(from_bytes(images.to(self.device))))
+        at_once = max(1, PIXELS_AT_ONCE // images[0, 0].numel())
+        parts = (self._autoencoder.encode(from_bytes(part.to(self.device))) for part in images.split(at_once))
+        return torch.cat([_compact(part) for part in parts])
 
     @cached_property
     def _autoencoder(self) -> Any:

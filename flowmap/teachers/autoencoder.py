@@ -25,7 +25,7 @@ PATCHES = {"AutoencoderKLFlux2": 2}
 
 The weights of these classes have the mean and variance of each channel, by which their pipeline normalises.
 """
-LEVELS = ("block_out_channels", "encoder_block_out_channels", "dim_mult")  # settings with a number for each level
+LEVELS = ("block_out_channels", "encoder_block_out_channels")  # settings with a number for each level
 FRAMES = ("AutoencoderKLQwenImage",)  # autoencoders of videos: a picture is one frame
 
 
@@ -62,6 +62,9 @@ class Autoencoder:
             model = cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True)
         except Exception as error:  # diffusers raises various types for invalid folders
             raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
+        if type(model).__name__ not in FRAMES and any(isinstance(part, nn.Conv3d) for part in model.modules()):
+            what = f"{type(model).__name__} is an autoencoder of videos; of those {', '.join(FRAMES)} is known"
+            raise ValueError(f"autoencoder.source: {self.source!r}: {what}")
         check_finite(model.state_dict(), f"autoencoder.source: {self.source!r}")
         return FrozenAutoencoder(model, *self._normalisation(folder, config), self.unit, self.identity())
 
@@ -82,7 +85,8 @@ class Autoencoder:
     def outline(self) -> tuple[int, int] | None:
         """(latent channels, downsampling factor) from its config; None if the config does not define them."""
         _, config = self._place()
-        levels = next((config[key] for key in LEVELS if config.get(key)), None)
+        keys = ("dim_mult",) if config.get("_class_name") in FRAMES else LEVELS
+        levels = next((config[key] for key in keys if config.get(key)), None)
         channels, patch = _channels_of(config), PATCHES.get(str(config.get("_class_name")), 1)
         if not isinstance(levels, list) or channels is None:
             return None
@@ -116,7 +120,7 @@ class Autoencoder:
 
 def _channels_of(config: Mapping[str, Any]) -> int | None:
     """The number of channels of its latents, by its config."""
-    channels = config.get("latent_channels") or config.get("z_dim")
+    channels = config.get("z_dim" if config.get("_class_name") in FRAMES else "latent_channels")
     patch = PATCHES.get(str(config.get("_class_name")), 1)
     return channels * patch**2 if isinstance(channels, int) else None
 
@@ -196,18 +200,19 @@ def latents_of(model: Any, x: Tensor) -> Tensor:
     They are as a network reads them: of FLUX.2's autoencoder (B, 4 c, h / 2, w / 2).
     """
     name = type(model).__name__
-    (z,) = model.encode(x.unsqueeze(2) if name in FRAMES else x).to_tuple()  # its name depends on the autoencoder
+    if name in FRAMES:  # its own encode keeps the inputs of every layer for the next frame
+        return model.quant_conv(model.encoder(x.unsqueeze(2))).chunk(2, 1)[0].squeeze(2)
+    (z,) = model.encode(x).to_tuple()  # its name depends on the autoencoder
     z = z if isinstance(z, Tensor) else z.mode()
-    z = z.squeeze(2) if name in FRAMES else z
     return F.pixel_unshuffle(z, PATCHES[name]) if name in PATCHES else z
 
 
 def pictures_of(model: Any, z: Tensor) -> Tensor:
     """The pictures (B, C, H, W) that a diffusers autoencoder decodes latents of latents_of to."""
     name = type(model).__name__
-    z = F.pixel_shuffle(z, PATCHES[name]) if name in PATCHES else z
-    x = model.decode(z.unsqueeze(2) if name in FRAMES else z, return_dict=False)[0]
-    return x.squeeze(2) if name in FRAMES else x
+    if name in FRAMES:
+        return model.decoder(model.post_quant_conv(z.unsqueeze(2))).squeeze(2).clamp(-1, 1)
+    return model.decode(F.pixel_shuffle(z, PATCHES[name]) if name in PATCHES else z, return_dict=False)[0]
 
 
 def local_folder(source: str, revision: str | None, key: str, parts: tuple[str, ...]) -> Path:

@@ -50,10 +50,10 @@ def compile_networks(
     """
     if not pays(recipe, device, by_blocks=True):
         return []
+    backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     if device == "cpu" and "bf16" in recipe.trainer.precision:  # docs/guide/numerics.md#compile
         log("trainer.compile: bf16 runs uncompiled on a CPU, where compiled gradients of some networks are wrong")
         return []
-    backend = _cuda_graphs(recipe, device) if recipe.trainer.compile == "cuda_graphs" else None
     kept = Path.home() / ".cache" / "flowmap" / "compiled"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     import torch._dynamo

@@ -325,6 +325,8 @@ def test_a_seed_reaches_the_teacher_and_what_makes_pairs():
     assert at_seed(read_recipe("digits"), 3).teacher.overrides == ("seed=3",)
     one_teacher = read_recipe("digits", ["teacher.overrides=[seed=0]"])
     assert at_seed(one_teacher, 3).teacher.overrides == ("seed=0",) and at_seed(one_teacher, 3).seed == 3
+    given = read_entrants(["digits", "rfpp/digits"], ["teacher.overrides=[seed=0]"])
+    assert at_seed(given[1], 3).coupling.teacher.overrides == ("seed=0",), "its pairs come from the same teacher"
     paired = at_seed(read_recipe("rfpp/digits"), 3)
     assert paired.coupling.teacher.overrides == paired.teacher.overrides == ("seed=3",) and paired.seed == 3
     assert at_seed(read_recipe("toy/mixture"), 3).teacher.overrides == ()  # nothing is trained there

@@ -100,7 +100,9 @@ def test_ddp_keeps_all_of_it_and_autocasts_copies():
     assert 0 < half.working < 2 * count and half.state == whole.state
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sd15", 0.12e9), ("sd35-medium", 5.58e9), ("flux-dev-lora", 4.88e9)])
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("sd15", 0.12e9), ("sdxl", 0.82e9), ("sd35-medium", 5.58e9), ("flux-dev-lora", 4.88e9)]
+)
 def test_encoders_of_captions_are_counted_in_the_precision_of_frozen_networks(name, parameters):
     """CLIP among them; each recipe is in bf16 and stores captions."""
     run = resolve(read_recipe(name))

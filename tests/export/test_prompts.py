@@ -42,8 +42,12 @@ LORAS = {
     "hunyuan_image": (EVERY, (4, 8, 8)),
     "lumina2": (EVERY, (4, 8, 8)),
     "aura_flow": (EVERY, (4, 8, 8)),
+    "qwen_image": (EVERY, (4, 8, 8)),
 }
-EFFECTS = {"z_image": 2e-4, "flux2": 1e-3, "hunyuan_image": 2e-4, "lumina2": 1e-3}  # the effect of another prompt
+EFFECTS = {  # the effect of another prompt
+    "z_image": 2e-4, "flux2": 1e-3, "hunyuan_image": 2e-4, "lumina2": 1e-3, "aura_flow": 1e-3, "qwen_image": 2e-4,
+}  # fmt: skip
+PACKED = ("flux", "qwen_image")  # pipelines that take their noise as tokens
 TOKENS = {"sd": None, "lumina2": 50}  # of a prompt, where they are not 16
 
 
@@ -74,6 +78,7 @@ CASES = {
     "sentence-lora": Case("sentence-lora", "lora"),
     "without-t5-custom": Case("sd3-without-t5", custom=True),
 }
+assert {case.student for case in CASES.values()} >= set(LORAS)
 SCRIPT = """
 import json, warnings
 given = torch.load("given.pt")
@@ -176,7 +181,7 @@ def done(tmp_path_factory):
         )
         code = snippet(out).replace("path/to/the/base/pipeline", str(at / case.student.replace("sentence-lora", "sd3")))
         assert "not_here" not in code or case.student == "sentence", "nothing is passed by hand"
-        jobs.append({"code": code, "noise": case.student + "-packed" * (case.student == "flux"), "out": f"{out}.pt"})
+        jobs.append({"code": code, "noise": case.student + "-packed" * (case.student in PACKED), "out": f"{out}.pt"})
     torch.save(given, at / "given.pt")
     (at / "jobs.json").write_text(json.dumps(jobs))
     alone(SCRIPT, at)

@@ -17,6 +17,7 @@ import torch
 from flowmap.flow.derivative import eulerian_derivative, lagrangian_derivative
 from flowmap.nets.diffusers_calls import CALLS, pack, unpack
 from flowmap.nets.diffusers_model import DiffusersModel, DiffusersNet, clock_of
+from flowmap.nets.discriminator_features import row_of_blocks
 from flowmap.nets.flow_map import FlowMapNet, start_from
 from flowmap.nets.pretrained import load_pretrained
 from flowmap.nets.second_time import SecondTime
@@ -248,6 +249,29 @@ def test_a_pipelines_folder_is_loaded(tmp_path):
     again = spec.build((3, 16, 16), arrival=False)
     again.load_state_dict(loaded.state_dict())
     assert torch.equal(again.eval()(x, t, t), expected)
+
+
+@pytest.mark.parametrize(("family", "schedule"), [(dit, "epsilon"), (pixart, "epsilon")])
+def test_pipelines_of_before_the_class_was_split_are_loaded(family, schedule, tmp_path):
+    """The published DiT and PixArt name Transformer2DModel; its norm_type says which it is."""
+    net, pipe = made(family), tmp_path / "pipe"
+    kind = {"DiTTransformer2DModel": "ada_norm_zero", "PixArtTransformer2DModel": "ada_norm_single"}[type(net).__name__]
+    net.save_pretrained(pipe / "transformer")
+    scheduler_of(schedule).save_pretrained(pipe / "scheduler")
+    settings = json.loads((pipe / "transformer" / "config.json").read_text())
+    former = settings | {"_class_name": "Transformer2DModel", "norm_type": kind}
+    (pipe / "transformer" / "config.json").write_text(json.dumps(former))
+    index = {"_class_name": "DiTPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    (pipe / "model_index.json").write_text(json.dumps(index | {"transformer": ["diffusers", "Transformer2DModel"]}))
+    spec, loaded = load_pretrained(str(pipe))
+    assert spec.network == type(net).__name__ == type(loaded.model).__name__
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), net.parameters(), strict=True))
+
+
+def test_a_discriminator_finds_the_blocks_of_every_network():
+    for make, *_ in FAMILIES.values():
+        net = DiffusersNet(make(), *clock_of(scheduler_of("flow")), arrival=False, guidance=False)
+        assert row_of_blocks(net), type(net.model).__name__
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -28,6 +28,7 @@ class Family:
     build: Callable[[], nn.Module]
     blocks: int
     text: bool = False
+    sized: bool = False  # it reads SDXL's sizes and crop
 
     def student(self, seed: int = 0) -> FlowMapNet:
         """The family's flow map with random weights everywhere: zeros would hide the layers behind them."""
@@ -39,6 +40,7 @@ class Family:
             rows, *shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype
         )
         rest = {"text": draw(5, TEXT), "pooled": draw(POOLED)} if self.text else {"class": torch.arange(rows) % 7}
+        rest |= {"size": torch.tensor([[16.0, 16, 0, 0, 16, 16]], dtype=dtype).expand(rows, 6)} if self.sized else {}
         return {"guidance": torch.linspace(1, 3, rows, dtype=dtype), **rest}
 
 
@@ -85,6 +87,9 @@ FAMILIES = {
     "sd35": Family(pretrained(tiny_nets.sd3, FLOW), 2, text=True),
     "sana": Family(pretrained(tiny_nets.sana, FLOW), 1, text=True),
     "flux": Family(pretrained(tiny_nets.flux, FLOW), 2, text=True),
+    "sdxl": Family(pretrained(tiny_nets.sdxl, NOISE), 14, text=True, sized=True),
+    "qwen": Family(pretrained(tiny_nets.qwen, FLOW), 1, text=True),
+    "aura_flow": Family(pretrained(tiny_nets.aura_flow, FLOW), 2, text=True),
     "pixart": Family(pretrained(tiny_nets.pixart, NOISE), 2, text=True),
     # its first block's embedding is a unit too: the model calls it once more after the last block
     "dit_xl": Family(pretrained(tiny_nets.dit, NOISE), 3),

@@ -161,7 +161,7 @@ def kl_hunyuan_image():
 def kl_qwen():
     """An autoencoder of videos, whose latents have a mean and a standard deviation by channel."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0],
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_a_picture_is_one_frame_of_an_autoencoder_of_videos(tmp_path):
     model.save_pretrained(tmp_path)
     spec, x = Autoencoder(source=str(tmp_path)), torch.randn(2, 3, 16, 16).clamp(-1, 1)
     frozen = spec.load()
-    assert spec.outline() == (4, 2)
+    assert spec.outline() == (4, 4)
     with torch.no_grad():
         mean = model.encode(x.unsqueeze(2)).latent_dist.mode()
         own, std = (torch.tensor(model.config[f"latents_{what}"]).view(-1, 1, 1) for what in ("mean", "std"))
@@ -89,11 +89,17 @@ def test_a_picture_is_one_frame_of_an_autoencoder_of_videos(tmp_path):
 def test_what_does_not_fit_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     kl(tmp_path / "a")
+    wan = dict(base_dim=8, z_dim=16, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False])
+    diffusers.AutoencoderKLWan(**wan).save_pretrained(tmp_path / "wan")
     for spec, says in (
         (Autoencoder(source=str(tmp_path / "empty")), "is no diffusers autoencoder"),
         (Autoencoder(source="nobody/nothing", revision="abc"), "as a hub id at revision abc"),
         (Autoencoder(source=str(tmp_path / "a"), scale=(1.0, 2.0)), "2 numbers; allowed: 1 or 3"),
         (Autoencoder(recipe="emoji32-autoencoder"), "is trained first"),
+        (
+            Autoencoder(source=str(tmp_path / "wan")),
+            "AutoencoderKLWan is an autoencoder of videos; of",
+        ),
     ):
         with pytest.raises(ValueError, match=says) as caught:
             spec.load()

@@ -76,6 +76,12 @@ def test_bf16_on_a_cpu_whose_compiled_gradients_may_be_wrong_runs_uncompiled(tin
     assert bool(ways) == compiles and any("bf16 runs uncompiled on a CPU" in line for line in lines) != compiles
 
 
+def test_cuda_graphs_are_refused_on_a_cpu_in_any_precision(tiny):
+    recipe = recipe_of(tiny, "trainer.compile=cuda_graphs", "trainer.precision=bf16", "trainer.accelerator=auto")
+    with pytest.raises(RecipeError, match="cuda_graphs wants a CUDA device"):
+        compile_networks(recipe, "cpu", [], [], print)
+
+
 def test_sharded_networks_are_compiled_by_blocks_equal_ones_once(tiny):
     net = FlowMapNet(DiT(preset="nano", depth=3).build((1, 8, 8)))
     net.net.blocks[2].more = nn.Parameter(torch.ones(2))

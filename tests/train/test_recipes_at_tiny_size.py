@@ -96,7 +96,7 @@ PIPELINES = {
     "lumina2": "lumina2", "qwen-image-lora": "qwen_image", "auraflow-lora": "aura_flow", "sdxl": "sdxl",
     "pixart-sigma": "pixart",
 }  # fmt: skip
-SHAPES = {"flux2": (16, 4, 4)}  # of latents, where they are not (4, 8, 8)
+SHAPES = {"flux2": (16, 4, 4), "qwen_image": (4, 4, 4)}  # of latents, where they are not (4, 8, 8)
 TOKENS = {"lumina2": 50}  # of a prompt with the instruction before it, where they are not 12
 
 

@@ -249,12 +249,22 @@ def summed(row, out, equation, x):
     return kept.index(letter) - len(kept) if arrow and kept.isalpha() and kept.count(letter) == 1 else None
 
 
+def complex_from_real(row, out, x):
+    """view_as_complex: the last dimension is removed."""
+    return row + 1 if row < -1 else None
+
+
+def real_from_complex(row, out, x):
+    """view_as_real: a last dimension is added."""
+    return row - 1
+
+
 ALIGNED = (by_element, by_matrix, joined, stacked, summed)
 """Kinds that narrow all arguments to the rows; the others narrow their first argument, the only dual one."""
 
 KINDS: dict[Callable, Callable] = {
     **{function: by_element for function, rule in ELEMENTWISE.items() if rule is not constant},
-    **every(by_element, "to", "float", "double", "half", "bfloat16", "clone"),
+    **every(by_element, "to", "float", "double", "half", "bfloat16", "clone", "type_as"),
     F.dropout: by_element,
     **every(by_matrix, "matmul", "__matmul__", "bmm", "baddbmm", "scaled_dot_product_attention"),
     **every(by_vector, "linear"),
@@ -278,5 +288,7 @@ KINDS: dict[Callable, Callable] = {
     **every(unbound, "unbind", "select"),
     **every(picked, "__getitem__"),
     **every(joined, "cat", "concat", "concatenate"),
+    **every(complex_from_real, "view_as_complex"),
+    **every(real_from_complex, "view_as_real"),
     **every(stacked, "stack"),
 }
