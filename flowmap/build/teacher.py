@@ -184,7 +184,7 @@ def guided_by(guidance: Guidance | None, strong: Teacher, weak: Teacher) -> Teac
     """Return the velocity that the settings of guidance make of these two; `weak` is for autoguidance alone."""
     guided = strong
     if isinstance(guidance, ClassifierFree):
-        guided = ClassifierFreeTeacher(strong, default=guidance.default)
+        guided = ClassifierFreeTeacher(strong, guidance.default, rescale_patch=guidance.rescale_patch)
     if isinstance(guidance, Autoguidance):
         guided = AutoguidedTeacher(strong, weak, default=guidance.default)
     if guidance is None or (guidance.interval == (0.0, 1.0) and not guidance.interval_input):

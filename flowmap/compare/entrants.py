@@ -19,7 +19,16 @@ from flowmap.recipe.settings import FromRecipe
 
 SEED = "seed="  # the start of an override
 # settings in steps, which a recipe chose for its own length
-LENGTHS = ("start", "decay_from", "warmup_steps", "anneal_steps", "perceptual_after_steps", "begin_steps", "end_steps")
+LENGTHS = (
+    "start",
+    "discriminator_start",
+    "decay_from",
+    "warmup_steps",
+    "anneal_steps",
+    "perceptual_after_steps",
+    "begin_steps",
+    "end_steps",
+)
 
 
 def read_entrants(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
@@ -150,9 +159,12 @@ def from_its_start(recipe: Recipe) -> Recipe:
 
 
 def start_of(objective: Any) -> int:
-    """The latest `start` in an objective, at any depth: the step from which it has all its terms; 0 if it has none."""
+    """The latest `start` in an objective, at any depth: the step from which it has all its terms; 0 if it has none.
+
+    Of a discriminator it is the step from which it learns, if it starts later than the run.
+    """
     inner = [start_of(value) for value in vars(objective).values() if is_dataclass(value)]
-    return max([getattr(objective, "start", 0), *inner])
+    return max([getattr(objective, "discriminator_start", 0) or getattr(objective, "start", 0), *inner])
 
 
 def _stretched(value: Any, ratio: float) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowmap.base.ranges import BelowOne, Calls, CountFromZero, FromZero, Rate, check_ranges
+from flowmap.base.schema import added
 from flowmap.flow.parts import BaseObjective, complete
 from flowmap.flow.types import Cond, FlowMap, Loss, Objective, PathSample, RecipeView, Teacher
 from flowmap.objectives.drawing import DrawingObjective
@@ -62,6 +63,8 @@ class Adversarial(DrawingObjective):
     r1, r2      weights of the gradient penalties on data and on samples
     through     whether the gradient of a sample passes through its "last" jump or through "all"
     start       the step before which only the discriminator uses the samples, and the student descends the base's loss
+    discriminator_start  the step before which the discriminator does not learn either: such a step costs no more than
+                one of the base; at most `start`
 
     The discriminator's learning rate follows the student's schedule.
     """
@@ -77,6 +80,7 @@ class Adversarial(DrawingObjective):
     start: CountFromZero = 0
     discriminator_lr: Rate = 2e-5
     discriminator_betas: tuple[BelowOne, BelowOne] = (0.0, 0.99)
+    discriminator_start: CountFromZero = added(0)
 
     def __post_init__(self):
         check_ranges(self)
@@ -84,6 +88,8 @@ class Adversarial(DrawingObjective):
         if self.balance not in ("base", "adversarial", "none"):
             raise ValueError(f"balance: {self.balance!r} is not one of base, adversarial, none")
         self.check_drawing()
+        if self.discriminator_start > self.start:
+            raise ValueError(f"discriminator_start: {self.discriminator_start} is more than start, {self.start}")
         if isinstance(self.base, (Adversarial, Reconstruction)):
             raise ValueError("base: must be an objective that trains a flow map, not adversarial or reconstruction")
 

@@ -17,6 +17,7 @@ from flowmap.base.ranges import (
     Range,
     Seed,
     Share,
+    Side,
     check_ranges,
 )
 from flowmap.base.schema import added
@@ -111,13 +112,15 @@ class ClassifierFree(Part):
     """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
     evaluation. interval: the times t, of 0 data to 1 noise, where guidance acts; elsewhere the scale is 1.
     interval_input: the student takes an interval within it as an input, in which guidance acts (improved MeanFlow,
-    arXiv:2512.02012); in training its ends are uniform in the two halves of `interval`.
+    arXiv:2512.02012); in training its ends are uniform in the two halves of `interval`. rescale_patch: the side of the
+    patches whose guided velocity is scaled to the norm of the conditional one, as QwenImage's pipeline does with 2.
     """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
     default: FromZero = 1.5
     interval: tuple[Share, Share] = added((0.0, 1.0))
     interval_input: bool = added(False)
+    rescale_patch: Side | None = added(None)
 
     def __post_init__(self):
         check_ranges(self)

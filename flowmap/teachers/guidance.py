@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flowmap.flow.types import Cond, Teacher, broadcast_time
 from flowmap.teachers.streams import independent, may_overlap, on_two_streams
@@ -28,12 +29,14 @@ class ClassifierFree:
     """v = w v(x, t, cond) + (1 - w) v(x, t, no condition): one teacher, called with its conditions and without.
 
     The unconditional call has class -1 and no other key. If cond has no key except guidance, both calls would be the
-    same and only one is made.
+    same and only one is made. rescale_patch: the side of the patches of x (B, C, H, W) whose v has the norm of the
+    conditional velocity.
     """
 
     teacher: Teacher
     default: float = 1.0
     scales_differ: bool = False
+    rescale_patch: int | None = None
 
     @property
     def network_calls(self) -> int:
@@ -49,7 +52,8 @@ class ClassifierFree:
         # on a CPU one call takes as long as two, unless the network is tiny
         both = at_once(self.teacher, x, t, inner, nothing) if self.scales_differ and x.device.type != "cpu" else None
         strong, weak = both or (self.teacher.velocity(x, t, inner), self.teacher.velocity(x, t, nothing))
-        return _mixed(strong, weak, scale)
+        guided = _mixed(strong, weak, scale)
+        return guided if self.rescale_patch is None else _rescaled(guided, strong, self.rescale_patch)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,13 @@ def _mixed(strong: Tensor, weak: Tensor, scale: Tensor | float) -> Tensor:
         scale = torch.full((), scale, dtype=dtype, device=strong.device)
     w = broadcast_time(scale.to(dtype), strong)
     return (w * strong.to(dtype) + (1 - w) * weak.to(dtype)).to(strong.dtype)
+
+
+def _rescaled(guided: Tensor, strong: Tensor, patch: int) -> Tensor:
+    """guided (B, C, H, W), each patch scaled to the norm of strong's; a patch of zeros stays."""
+    ours, theirs = (F.pixel_unshuffle(v, patch).norm(dim=1, keepdim=True) for v in (guided, strong))
+    ratio = theirs / ours.clamp_min(torch.finfo(ours.dtype).tiny)
+    return guided * F.interpolate(ratio, scale_factor=patch, mode="nearest")
 
 
 def with_drawn_scales(teacher: Teacher, scale: tuple[float, float]) -> Teacher:

@@ -59,6 +59,8 @@ class AdversarialModule(AuxiliaryModule):
 
     def descend(self, sample: PathSample, generator: RowGenerator, share: float) -> None:
         objective = self.objective
+        if not self._judges:
+            return super().descend(sample, generator, share)
         base = self.distillation_loss(sample, generator)
         fake, num_steps = self._generated(sample, generator)
         noise = normal_like(fake.detach(), generator)
@@ -81,10 +83,16 @@ class AdversarialModule(AuxiliaryModule):
         self.last_loss = Loss(total.detach(), {**base.logs, **logs, **judged.logs})
 
     def step_student(self) -> None:
-        self.step_auxiliary("discriminator")
+        if self._judges:
+            self.step_auxiliary("discriminator")
         if self._of_base:
             self._join()
         super().step_student()
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the discriminator takes part in this step."""
+        return self.global_step >= self.objective.discriminator_start
 
     @property
     def _kept_apart(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmap.flow.derivative import eulerian_derivative
-from flowmap.nets.diffusers_calls import CALLS, prepare
+from flowmap.nets.diffusers_calls import CALLS, pack, prepare
 from flowmap.nets.diffusers_model import DiffusersNet, clock_of
 from flowmap.nets.flow_map import FlowMapNet
 from flowmap.nets.lora import LoRA, add_lora, merged
@@ -45,6 +45,7 @@ class Case:
     pipeline: Callable
     call: Callable[[], dict]
     masked: bool = True
+    rescale_patch: int | None = None  # of its pipeline's guidance
     side: int = 64  # of the picture that the pipeline is asked for
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     returns: Callable[[Tensor, object], Tensor] = lambda x, pipe: x
@@ -113,6 +114,16 @@ CASES = {
         },
         masked=False,
     ),
+    "qwen_image": Case(
+        tiny_nets.qwen,
+        lambda net: diffusers.QwenImagePipeline(flow(), None, None, None, net),
+        lambda: {
+            "prompt_embeds": WORDS, "prompt_embeds_mask": SOME, "latents": LATENTS, "true_cfg_scale": W,
+            "negative_prompt_embeds": NOTHING.expand(B, -1, -1), "negative_prompt_embeds_mask": EVERY_TOKEN,
+        },
+        rescale_patch=2,
+        returns=lambda x, pipe: pack(x),
+    ),
     "flux2": Case(
         lambda: tiny_nets.flux2(channels=16),
         lambda net: diffusers.Flux2KleinPipeline(flow(), tiny_nets.kl_flux2(), None, None, net),
@@ -142,8 +153,9 @@ def from_its_pipeline(family: str) -> float:
     pipe = case.pipeline(tiny_pipelines.copied(net))
     pipe.set_progress_bar_config(disable=True)
     side = {"height": case.side, "width": case.side}
-    theirs = pipe(num_inference_steps=STEPS, output_type="latent", **side, **call).images
-    teacher = ClassifierFree(NetworkTeacher(FlowMapNet(teacher_of(case, net))))
+    given = call | {"latents": pack(call["latents"])} if family == "qwen_image" else call
+    theirs = pipe(num_inference_steps=STEPS, output_type="latent", **side, **given).images
+    teacher = ClassifierFree(NetworkTeacher(FlowMapNet(teacher_of(case, net))), rescale_patch=case.rescale_patch)
     x, cond = call["latents"], case.conditions() | {"guidance": torch.full((B,), W)}
     for t, s in zip(pipe.scheduler.sigmas[:-1], pipe.scheduler.sigmas[1:], strict=True):
         x = x + (s - t) * teacher.velocity(x, t.expand(B), cond)

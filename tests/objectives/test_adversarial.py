@@ -265,6 +265,7 @@ def test_a_student_in_the_plane_comes_nearer_to_the_data(balance):
         ({"discriminator_lr": 0.0}, "discriminator_lr: 0.0"),
         ({"discriminator_betas": (0.0, 1.0)}, "discriminator_betas"),
         ({"start": -1}, "start: -1"),
+        ({"start": 3, "discriminator_start": 4}, "discriminator_start: 4 is more than start, 3"),
         ({"base": Reconstruction()}, "base: must be"),
         ({"base": Adversarial(base=AYFEMD(), discriminator=Conv())}, "base: must be"),
     ],

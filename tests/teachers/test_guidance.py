@@ -249,3 +249,21 @@ def test_training_on_an_accelerator_makes_one_call_for_both_conditions(device):
     network.rows.clear()
     ClassifierFree(guided.teacher).velocity(x, t, {"text": cond["text"], "guidance": 2.0})
     assert network.rows == [5, 5], "sampling keeps its memory"
+
+
+def test_a_patch_of_the_guided_velocity_has_the_norm_of_the_conditional_one():
+    class Two:
+        def velocity(self, x, t, cond=None):
+            return x if set(cond or {}) - {"class"} else 0.25 * x.flip(-1)
+
+    x, cond = draw(5, 2, 4, 6), {"text": torch.zeros(5, 1), "guidance": torch.full((5,), 3.0)}
+    x[0, :, :2, :2] = 0  # a patch without a norm
+    t = torch.full((5,), 0.4, dtype=x.dtype)
+    free, rescaled = ClassifierFree(Two()), ClassifierFree(Two(), rescale_patch=2)
+    plain, got = free.velocity(x, t, cond), rescaled.velocity(x, t, cond)
+    norms = lambda v: torch.nn.functional.pixel_unshuffle(v, 2).norm(dim=1)
+    torch.testing.assert_close(norms(got), norms(x))
+    ratio = got / plain
+    torch.testing.assert_close(ratio[:, :, ::2, ::2], ratio[:, :, 1::2, 1::2], msg="one factor a patch", equal_nan=True)
+    one = cond | {"guidance": torch.ones(5)}
+    torch.testing.assert_close(rescaled.velocity(x, t, one), x)

@@ -106,10 +106,24 @@ def test_where_the_discriminator_never_steers_the_run_is_the_bases_own(run):
     """So that the base alone is the control (benchmarks/adversarial.py): the same draws, schedule and averages."""
     common = ["trainer.steps=4", "log.samples_every_steps=0", "metrics=[]"]
     never, base = run("objective.start=4", *common), run("objective={kind: ayf_emd, warmup_steps: 0}", *common)
-    one, other = (read_tensors(folder / "student" / "model.safetensors") for folder in (never, base))
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6)  # gradients are clipped by two routines
+    idle = run("objective.start=4", "objective.discriminator_start=4", *common)
+    other = read_tensors(base / "student" / "model.safetensors")
+    for folder in (never, idle):
+        one = read_tensors(folder / "student" / "model.safetensors")
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6)  # gradients are clipped by two routines
+
+
+def test_a_discriminator_that_starts_later_takes_no_part_before(run):
+    settings = ["objective.start=4", "objective.discriminator_start=2", "trainer.steps=6"]
+    folder = run(*settings, "log.samples_every_steps=0", "metrics=[]")
+    rows = trace(folder)
+    assert ["train/discriminator_loss" in row for row in rows] == [False] * 2 + [True] * 4
+    assert [float(row.get("train/factor_adversarial", 0)) > 0 for row in rows] == [False] * 4 + [True] * 2
+    state = checkpoint(folder)
+    steps = [{float(one["step"]) for one in optimizer["state"].values()} for optimizer in state["optimizer_states"]]
+    assert steps == [{6.0}, {4.0}]
 
 
 @pytest.mark.slow
