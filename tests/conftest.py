@@ -18,6 +18,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 flowmap.allow_import("tests.support.straight")  # networks that tests name in settings
 
+# files that take 15 seconds or more: with them last, one process of two would wait for the other
+LONGEST = (
+    "test_compiled.py", "test_measured_again.py", "test_run_folder.py", "test_readme.py", "test_compare.py",
+    "test_custom.py", "test_make_pairs.py", "test_stock.py", "test_bad_teachers.py", "test_dry_run.py", "test_split.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files; xdist hands files out in this order (--no-loadscope-reorder)."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 TINY = """\
 name: tiny
 data: {kind: toy, batch_size: 16, conditional: false, points: 500}
