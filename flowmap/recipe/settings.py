@@ -19,7 +19,7 @@ from flowmap.base.ranges import (
     Share,
     Side,
     check_ranges,
-)
+)  # fmt: skip
 from flowmap.base.schema import added
 from flowmap.flow.averaging import exponent_from_std, power_beta
 from flowmap.flow.parts import Part
@@ -93,8 +93,7 @@ class FromTeacher(BaseStudent):
 
 @dataclass(frozen=True)
 class FromRecipe(BaseStudent):
-    """The student starts from the averaged weights of the student that another recipe trains; new branches start at
-    zero.
+    """The student starts from the averaged weights of another recipe's student; new branches start at zero.
 
     time_embedding: as of from_teacher; null keeps that of the other student.
     """
@@ -112,8 +111,8 @@ class ClassifierFree(Part):
     """Classifier-free guidance. scale: the range that training draws from. default: the scale of sampling and
     evaluation. interval: the times t, of 0 data to 1 noise, where guidance acts; elsewhere the scale is 1.
     interval_input: the student takes an interval within it as an input, in which guidance acts (improved MeanFlow,
-    arXiv:2512.02012); in training its ends are uniform in the two halves of `interval`. rescale_patch: the side of the
-    patches whose guided velocity is scaled to the norm of the conditional one, as QwenImage's pipeline does with 2.
+    arXiv:2512.02012), its ends uniform in the two halves of `interval`. rescale_patch: patches of that side keep the
+    norm of the conditional velocity, as in QwenImage's pipeline (2).
     """
 
     scale: tuple[FromZero, FromZero] = (1.0, 3.0)
@@ -135,11 +134,9 @@ class ClassifierFree(Part):
 
 @dataclass(frozen=True)
 class Autoguidance(Part):
-    """v = w v_strong + (1 - w) v_weak.
-
-    The weak model is one of: another card, an earlier snapshot of the same run (at a share of its steps, in (0, 1)), or
-    the same network with some blocks skipped. scale, default, interval, interval_input: as
-    of classifier_free.
+    """v = w v_strong + (1 - w) v_weak. The weak model is one of: another card, an earlier snapshot of the same run (at a
+    share of its steps, in (0, 1)), or the same network with some blocks skipped. The other settings are as of
+    classifier_free.
     """
 
     weak: str | None = None
