@@ -134,8 +134,8 @@ class ClassifierFree(Part):
 
 @dataclass(frozen=True)
 class Autoguidance(Part):
-    """v = w v_strong + (1 - w) v_weak. The weak model is one of: another card, an earlier snapshot of the same run (at a
-    share of its steps, in (0, 1)), or the same network with some blocks skipped. The other settings are as of
+    """v = w v_strong + (1 - w) v_weak. The weak model is one of: another card, an earlier snapshot of the same run (at
+    a share of its steps, in (0, 1)), or the same network with some blocks skipped. The other settings are as of
     classifier_free.
     """
 
