@@ -3,11 +3,11 @@
 Quality is also measured in a second feature space, which no loss uses: the last hidden layer of a network that tells
 the classes of the real pictures (_labels.py; --metrics-of-recipe leaves it out).
 
-Five seeds; all objectives of a seed share one teacher (--one-teacher: so do all seeds).
-By `flowmap compare`: equal seconds of training, or with --calls
-equal network evaluations.  Quality, cost, memory and diverged runs are reported.  Machines are shared, so the seconds
-are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other benchmarks have trained are reused.
-Finished runs are kept in runs/league-SET, and the same command continues an interrupted benchmark.
+Five seeds; all objectives of a seed share one teacher (--one-teacher: so do all seeds).  By `flowmap compare`: equal
+seconds of training, or with --calls equal network evaluations.  Quality, cost, memory and diverged runs are reported.
+Machines are shared, so the seconds are CPU seconds of the process (--wall: wall-clock seconds).  Teachers that other
+benchmarks have trained are reused.  Finished runs are kept in runs/league-SET, and the same command continues an
+interrupted benchmark.
 `--set fashion14`: the recipes digits-X, `base: [data/digits, method/X]`, with data/fashion14 instead.
 `python benchmarks/league.py [--set digits|fashion14] [--seeds 5] [--budget 240 | --calls 1.4e6] [--wall]
     [--recipes digits digits-scm] [--out DIR] [--suffix _new] [--one-teacher] [--metrics-of-recipe]`

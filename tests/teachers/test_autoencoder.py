@@ -96,10 +96,7 @@ def test_what_does_not_fit_is_one_line(tmp_path):
         (Autoencoder(source="nobody/nothing", revision="abc"), "as a hub id at revision abc"),
         (Autoencoder(source=str(tmp_path / "a"), scale=(1.0, 2.0)), "2 numbers; allowed: 1 or 3"),
         (Autoencoder(recipe="emoji32-autoencoder"), "is trained first"),
-        (
-            Autoencoder(source=str(tmp_path / "wan")),
-            "AutoencoderKLWan is an autoencoder of videos; of",
-        ),
+        (Autoencoder(source=str(tmp_path / "wan")), "AutoencoderKLWan is an autoencoder of videos; of"),
     ):
         with pytest.raises(ValueError, match=says) as caught:
             spec.load()
