@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import flowmap
+from flowmap.base import preempt
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +59,15 @@ sampler: {kind: deterministic, steps: [2]}
 trainer: {steps: 4, accelerator: cpu}
 log: {wandb: false, every_steps: 1, grid_images: 4}
 """
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The handlers are again those of before: a command that was asked to end leaves signals ignored."""
+    before = {number: signal.getsignal(number) for number in preempt.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -107,34 +107,25 @@ def test_measuring_in_the_middle_is_given_up_for_a_checkpoint(recipe, tmp_path):
 
 def test_signals_are_the_users_where_the_user_handles_them():
     heard = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
-    try:
-        with preemptible():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert heard == ["user"] and not preempt.requested()
-            with pytest.raises(Preempted, match="ended by SIGUSR2"):
-                os.kill(os.getpid(), signal.SIGUSR2)
-            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not interrupt the end
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-        for number in preempt.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append("user"))
+    with preemptible():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == ["user"] and not preempt.requested()
+        with pytest.raises(Preempted, match="ended by SIGUSR2"):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one does not interrupt the end
     assert Preempted("x").code == STATUS
 
 
 def test_a_signal_is_noted_while_it_is_held(monkeypatch):
-    try:
-        with preemptible(), preempt.held():
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert preempt.requested()
-            with pytest.raises(Preempted), preempt.released():
-                raise AssertionError("released raises at once")
-            preempt.postpone()
-            assert preempt.requested()
-        assert not preempt.requested() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        for number in preempt.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    with preemptible(), preempt.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preempt.requested()
+        with pytest.raises(Preempted), preempt.released():
+            raise AssertionError("released raises at once")
+        preempt.postpone()
+        assert preempt.requested()
+    assert not preempt.requested() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def two_nodes(*arguments) -> list[subprocess.Popen]:
@@ -216,15 +207,7 @@ def test_processes_that_measure_have_a_checkpoint_of_that_step(tmp_path, strateg
     assert (tmp_path / "whole" / weights).read_bytes() == (tmp_path / "run" / weights).read_bytes()
 
 
-@pytest.fixture
-def signals():
-    """The handlers are the default ones again afterwards: a command that was asked to end leaves them ignored."""
-    yield
-    for number in preempt.SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def test_encoding_that_a_signal_ends_keeps_its_shards(tmp_path, monkeypatch, command, signals):
+def test_encoding_that_a_signal_ends_keeps_its_shards(tmp_path, monkeypatch, command):
     from PIL import Image
     from test_launchers import TEACHER
 
