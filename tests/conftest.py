@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -28,7 +29,12 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest files; xdist hands files out in this order (--no-loadscope-reorder)."""
+    """Begin with the longest files; xdist hands files out in this order (--no-loadscope-reorder).
+
+    What is imported by now is left out of garbage collection, which then takes half the time.
+    """
+    gc.collect()
+    gc.freeze()
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 

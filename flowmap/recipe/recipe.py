@@ -140,6 +140,10 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The resolved recipe as text, with every default. Reading it gives the same recipe."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(to_plain(self, TABLES)))
 
     def hash(self) -> str:

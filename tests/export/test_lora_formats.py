@@ -148,7 +148,8 @@ def guided_flux2():
 
 @pytest.mark.parametrize(
     "make",
-    [sd3, with_two_attentions, sana, guided_flux2, z_image, wide_lumina2, aura_flow],
+    [sd3, with_two_attentions, sana, guided_flux2, z_image, aura_flow]
+    + [pytest.param(wide_lumina2, marks=pytest.mark.slow)],  # at its own width, the only one that is converted
     ids=lambda make: make.__name__,
 )
 def test_diffusers_own_conversion_of_the_whole_checkpoint_gives_the_same_matrices(make):

@@ -49,6 +49,7 @@ def test_push_creates_a_space(finished, tmp_path, command, monkeypatch):
         assert hub.files("owner/name") == bytes_of(tmp_path / "p")
 
 
+@pytest.mark.slow  # a process that imports both; test_demo has the page itself
 def test_the_app_serves_the_page(finished, tmp_path):
     pytest.importorskip("gradio")
     from gradio_client import Client

@@ -29,7 +29,7 @@ B = 3
 SLOW = ("UNet2DConditionModel", "UNet2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
         "QwenImageTransformer2DModel", "FluxTransformer2DModel", "SanaTransformer2DModel", "ZImageTransformer2DModel",
         "Flux2Transformer2DModel", "HunyuanImageTransformer2DModel", "Lumina2Transformer2DModel",
-        "AuraFlowTransformer2DModel",
+        "AuraFlowTransformer2DModel", "SD3Transformer2DModel",
         "edm_adm", "edm_ddpmpp", "edm_ddpmpp, ncsnpp")  # fmt: skip
 """Capturing these takes longer, or another one has their blocks."""
 WALKED = lambda graph, inputs: graph.forward
