@@ -70,10 +70,10 @@ log: {wandb: false, every_steps: 1, grid_images: 4}
 @pytest.fixture(autouse=True)
 def signals():
     """The handlers are again those of before: a command that was asked to end leaves signals ignored."""
-    before = {number: signal.getsignal(number) for number in preempt.SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*preempt.SIGNALS, signal.SIGINT)}
     yield
     for number, handler in before.items():
-        signal.signal(number, handler)
+        signal.signal(number, handler or signal.SIG_DFL)
 
 
 @pytest.fixture

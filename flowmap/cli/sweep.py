@@ -13,7 +13,7 @@ MADE_BY = "# A sweep of W&B, written by `flowmap sweep`.\n"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "A setting of the sweep is key=a,b,c or key=low..high (low..high:log); the others are fixed."
     recipe_arguments(parser)
-    what = "a figure of metrics.json, such as frechet_pixels (default: the recipe's first distance)"
+    what = "a figure of metrics.json, such as frechet_pixels (default: the recipe's first distance, if any)"
     parser.add_argument("--metric", metavar="KEY", help=what)
     parser.add_argument("--steps", type=int, metavar="K", help="its number of steps (default: the fewest)")
     what = "bayes, random or grid (default: bayes if there is a range, otherwise grid)"

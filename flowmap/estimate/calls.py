@@ -19,6 +19,7 @@ from flowmap.objectives import Adversarial, RewardTuning
 from flowmap.objectives.instaflow import Endpoint
 from flowmap.objectives.rectified import LPIPSHuber, PseudoHuber, Rectified
 from flowmap.recipe import Recipe
+from flowmap.recipe.settings import ClassifierFree
 
 ROWS, WIDTH = 1000, 8
 UNIT = 2 * ROWS * WIDTH**2  # FLOPs of one call for every sample
@@ -57,6 +58,8 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     if guidance is not None:
         low, high = guidance.scale
         cond["guidance"] = torch.linspace(low, high, ROWS)
+        if isinstance(guidance, ClassifierFree):  # it costs no calls, and the samples here are no pictures
+            guidance = replace(guidance, rescale_patch=None)
         teacher = guided_by(guidance, strong, weak)
     on_path = lambda x0: recipe.path.sample(x0, x1, t, s, cond or None)
     with Flops() as counter:
@@ -70,6 +73,12 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
     backward = counter.count - forward
     drawn, kept = sampling_calls(recipe)
     return Calls(forward / UNIT + drawn, backward / (2 * UNIT) + kept, strong.rows / ROWS, weak.rows / ROWS)
+
+
+def late_share(recipe: Recipe) -> float:
+    """The share of a run's steps with a discriminator and the samples for it, which a late one leaves out before."""
+    begins = recipe.objective.discriminator_start if isinstance(recipe.objective, Adversarial) else 0
+    return 1 - min(begins / recipe.trainer.steps, 1)
 
 
 def sampling_calls(recipe: Recipe) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch import nn
 from flowmap.base.schema import RecipeError, kind_of
 from flowmap.build.fake_score import fake_config
 from flowmap.build.module import check_module
-from flowmap.estimate.calls import Calls, calls_of, drawn_by, sampling_calls
+from flowmap.estimate.calls import Calls, calls_of, drawn_by, late_share, sampling_calls
 from flowmap.estimate.costs import Cost, cost_of, discriminator_cost, start_flops
 from flowmap.estimate.evaluation import evaluation_bytes
 from flowmap.estimate.fits import memory_lines
@@ -24,6 +24,7 @@ from flowmap.estimate.price import Prices, preparation_lines, price_lines
 from flowmap.estimate.smaller import Peaks, smaller_lines
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial
+from flowmap.plan.guidance import start_warnings
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
@@ -199,7 +200,10 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None, memor
         lines.append(_prior(run, config))
     if costs.discriminator is not None:
         each = f"{_flops(costs.discriminator.flops)} a step for one sample, penalties and their gradients among them"
+        begins = getattr(run.recipe.objective, "discriminator_start", 0)
+        each += f"; from step {begins:,} of {run.recipe.trainer.steps:,} on" if begins else ""
         lines.append(f"discriminator: {counted(costs.discriminator)}; {each}")
+        lines += [f"warning: {line}" for line in start_warnings(run.recipe)]
     if costs.fake is not None:
         steps = run.recipe.objective.matching.term.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
@@ -216,16 +220,19 @@ def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: 
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
     each += judge.flops if judge is not None else 0
+    early = (1 - late_share(recipe)) * omitted_flops(recipe, costs)
     samples = recipe.batches.samples
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
     passes = f"passes {', '.join(asked)}; {_flops(costs.student.flops)} a forward pass of one"
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
     if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
-        hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
+        hours = (each - early) * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
         if hours >= WORTH_PRICING:
             lines += prices.new(preparation_lines(run, config, prices))
-            lines += price_lines(run, config, costs.student.trained, prices, omitted_flops(recipe, costs))
+            lines += price_lines(
+                run, config, costs.student.trained, prices, late_share(recipe) * omitted_flops(recipe, costs)
+            )
     return lines
 
 

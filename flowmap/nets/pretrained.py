@@ -75,12 +75,15 @@ def read_spec(source: str, revision: str | None = None) -> DiffusersModel:
     """The settings of a pipeline's network, without reading its weights. Raises as `load_pretrained` does."""
     import diffusers
 
+    place = _at(source, revision)
     part, network = _component(source, revision, NETWORK)
     if network == FORMERLY:
-        kind = diffusers.Transformer2DModel.load_config(source, subfolder=part, revision=revision).get("norm_type")
-        network = NOW.get(kind, network)
+        try:
+            config = diffusers.Transformer2DModel.load_config(source, subfolder=part, revision=revision)
+        except Exception as error:  # diffusers raises various types for invalid folders
+            raise ValueError(f"{place}: cannot be loaded: {first_line(error)}") from error
+        network = NOW.get(config.get("norm_type"), network)
     scheduler_folder, scheduler = _component(source, revision, ("scheduler",))
-    place = _at(source, revision)
     _check_weights(source, part)
     if network not in CALLS:
         raise ValueError(f"{place}: no call is known for {network}; known: {', '.join(CALLS)}")

@@ -66,7 +66,7 @@ class Adversarial(DrawingObjective):
     discriminator_start  the step before which the discriminator does not learn either: such a step costs no more than
                 one of the base; at most `start`
 
-    The discriminator's learning rate follows the student's schedule.
+    The discriminator's learning rate follows the student's schedule, of which a late start has the end alone.
     """
 
     base: Objective

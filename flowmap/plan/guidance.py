@@ -12,6 +12,7 @@ from flowmap.data.images.folder import Folder, FolderImages
 from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
+from flowmap.objectives import Adversarial
 from flowmap.plan.cards import card_of, pairs_teacher
 from flowmap.plan.named_networks import spec_of
 from flowmap.plan.resolved import Resolved
@@ -39,7 +40,16 @@ def check_guidance(run: Resolved) -> None:
 
 
 def check_conditions(recipe: Recipe, data: DataOutline) -> None:
-    """Raise RecipeError if classifier-free guidance is configured for data that has neither classes nor text."""
+    """Raise RecipeError if classifier-free guidance is configured for data that has neither classes nor text, or with
+    patches that do not divide the samples.
+    """
+    for key, slot in _slots(recipe):
+        patch = slot.guidance.rescale_patch if isinstance(slot.guidance, ClassifierFree) else None
+        if patch and (len(data.shape) != 3 or data.shape[-2] % patch or data.shape[-1] % patch):
+            raise RecipeError(
+                f"{recipe.name}: {key}.guidance.rescale_patch: patches of {patch} x {patch} do not divide samples of "
+                f"shape {tuple(data.shape)}"
+            )
     if data.num_classes or set(data.conditions) - {"class", "z"}:
         return
     for key, slot in _slots(recipe):
@@ -72,6 +82,14 @@ def guidance_warnings(recipe: Recipe) -> list[str]:
         for key, slot in _slots(recipe)
         if isinstance(slot.guidance, ClassifierFree) and (card := card_of(slot)).kind == "converted"
     ]
+
+
+def start_warnings(recipe: Recipe) -> list[str]:
+    """Return a warning if the run ends before its discriminator trains the student."""
+    objective, steps = recipe.objective, recipe.trainer.steps
+    if not isinstance(objective, Adversarial) or objective.start < steps:
+        return []
+    return [f"objective.start: {objective.start} is not reached in {steps} steps: the student has no discriminator"]
 
 
 def _slots(recipe: Recipe) -> Iterator[tuple[str, TeacherSlot]]:

@@ -16,7 +16,7 @@ import yaml
 
 from flowmap.base.schema import RecipeError, to_plain
 from flowmap.data.text.dataset import LENGTH
-from flowmap.metrics import MMD, TRAIN, CLIPScore, Control, Frechet, Infilled, PrecisionRecall, TagHit
+from flowmap.metrics import MMD, TRAIN, CLIPScore, Control, Frechet, Infilled, Phrase, PrecisionRecall, StyleHit, TagHit
 from flowmap.metrics.clip_score import score_key
 from flowmap.metrics.direction import HIT, direction
 from flowmap.metrics.features import short_name
@@ -84,9 +84,9 @@ def sweep_of(
 
     settings: `key=a,b,c` or `key=low..high`, with `:log` behind a range for even draws of the logarithm; `key=value`
     and +FILE are the same in all runs. metric: the name of a figure in metrics.json, by default that of the recipe's
-    first distance, at `steps` steps (default: the fewest of the sampler). method: bayes if there is a range, otherwise
-    grid. runs: the number of runs after which the sweep ends. Raises ValueError or RecipeError for what a run would
-    refuse.
+    first distance, or of its first such figure if it measures none, at `steps` steps (default: the fewest of the
+    sampler). method: bayes if there is a range, otherwise grid. runs: the number of runs after which the sweep ends.
+    Raises ValueError or RecipeError for what a run would refuse.
     """
     parameters = tuple(found for word in settings if (found := _parameter(word)) is not None)
     fixed = [word for word in settings if _parameter(word) is None]
@@ -182,7 +182,8 @@ def _metric(recipe: Recipe, metric: str | None, steps: int | None) -> str:
     """The name of the figure, without its number of steps."""
     _steps(recipe, steps)
     nothing_held_out = to_plain(recipe.data, TABLES).get("held_out") == 0
-    known = lambda spec: _names(spec, getattr(recipe.data, "attributes", ()))
+    attributes = getattr(recipe.data, "attributes", ()) if recipe.data.conditional else ()
+    known = lambda spec: _names(spec, attributes)
     with_file = lambda spec: getattr(spec, "reference_of", None) == HELD_OUT
     alone = [nothing_held_out and spec.on_samples and not with_file(spec) for spec in recipe.metrics]
     names = [name + TRAIN * only for spec, only in zip(recipe.metrics, alone, strict=True) for name in known(spec)]
@@ -190,7 +191,7 @@ def _metric(recipe: Recipe, metric: str | None, steps: int | None) -> str:
     if not names:
         raise ValueError("--metric: the recipe measures nothing that is known to be better low or high")
     if metric is None:
-        return names[0]
+        return next((name for name in names if direction(name) < 0), names[0])
     found = [name for name in names if name.removesuffix(TRAIN) == metric.removesuffix(TRAIN)]
     if not found:
         raise ValueError(f"--metric: {metric!r} is not one of {', '.join(names)}")
@@ -209,5 +210,9 @@ def _names(spec: Any, attributes: Sequence[str]) -> Iterator[str]:
         yield from ("length_within" if name == LENGTH else f"{name}{HIT}" for name in attributes)
     elif isinstance(spec, TagHit):
         yield from ("tag_hit", "tags_exactly")
+    elif isinstance(spec, Phrase):
+        yield from ("phrase_hit", "phrase_hit_even")
+    elif isinstance(spec, StyleHit):
+        yield "style_hit"
     elif isinstance(spec, Infilled):
         yield from ("infilled_bleu", "infilled_rouge_l", "infilled_exactly")

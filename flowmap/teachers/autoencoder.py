@@ -27,6 +27,7 @@ The weights of these classes have the mean and variance of each channel, by whic
 """
 LEVELS = ("block_out_channels", "encoder_block_out_channels")  # settings with a number for each level
 FRAMES = ("AutoencoderKLQwenImage",)  # autoencoders of videos: a picture is one frame
+VIDEOS = {"temperal_downsample", "temporal_compression_ratio"}  # settings of an autoencoder of videos
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Autoencoder:
         except Exception as error:  # diffusers raises various types for invalid folders
             raise ValueError(f"autoencoder.source: {self.source!r}: cannot be loaded: {first_line(error)}") from error
         if type(model).__name__ not in FRAMES and any(isinstance(part, nn.Conv3d) for part in model.modules()):
-            what = f"{type(model).__name__} is an autoencoder of videos; of those {', '.join(FRAMES)} is known"
-            raise ValueError(f"autoencoder.source: {self.source!r}: {what}")
+            raise ValueError(self._of_videos(type(model).__name__))
         check_finite(model.state_dict(), f"autoencoder.source: {self.source!r}")
         return FrozenAutoencoder(model, *self._normalisation(folder, config), self.unit, self.identity())
 
@@ -101,10 +101,17 @@ class Autoencoder:
         for folder in (root, root / "vae"):  # an autoencoder, or part of a pipeline
             if (folder / "config.json").is_file():
                 config = _read(folder / "config.json")
-                if str(config.get("_class_name")).startswith("Autoencoder"):
+                name = str(config.get("_class_name"))
+                if name not in FRAMES and VIDEOS & set(config):
+                    raise ValueError(self._of_videos(name))
+                if name.startswith("Autoencoder"):
                     return folder, config
         what = "is no diffusers autoencoder: no config.json there names an Autoencoder class"
         raise ValueError(f"autoencoder.source: {self.source!r} {what}")
+
+    def _of_videos(self, name: str) -> str:
+        what = f"{name} is an autoencoder of videos; of those {', '.join(FRAMES)} is known"
+        return f"autoencoder.source: {self.source!r}: {what}"
 
     def _normalisation(self, folder: Path, config: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         patched = str(config.get("_class_name")) in PATCHES and None in (self.shift, self.scale)

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from flowmap.base.schema import RecipeError
+from flowmap.compare.terms import evaluations_of
 from flowmap.estimate.calls import Calls, calls_of
 from flowmap.estimate.costs import cost_of
 from flowmap.estimate.dry_run import dry_run
@@ -130,6 +132,8 @@ def test_a_step_asks_what_its_objective_asks():
     """
     times = "times={kind: interval, mean: -0.6, std: 1.6}"
     calls = lambda *overrides: calls_of(read_recipe("digits-ayf-emd", overrides), conditional=True)
+    free = "teacher.guidance={kind: classifier_free, rescale_patch: %s}"
+    assert calls(times, free % 2) == calls(times, free % "null")
     assert calls(times) == Calls(2, 1, 1, 1)
     assert calls(times, "teacher.guidance={kind: classifier_free}") == Calls(2, 1, 2, 0)
     assert calls(times, "objective.derivative=difference") == Calls(2, 1, 1, 1)
@@ -143,6 +147,28 @@ def test_a_step_asks_what_its_objective_asks():
     )  # a jump from the noise for each row on an own state
     diagonal = read_recipe("digits-ayf-emd").times.diagonal
     assert calls().forward == pytest.approx(2 - diagonal, abs=0.01)
+
+
+def test_a_late_discriminator_costs_as_often_as_it_is_there_and_one_that_never_is_is_said():
+    recipe = lambda *more: read_recipe("digits-joint-adversarial", more)
+    asked = lambda *more: evaluations_of(recipe(*more))
+    whole, base = (
+        asked("objective.discriminator_start=0"),
+        asked("objective.discriminator_start=3040", "trainer.steps=1"),
+    )
+    assert asked() == pytest.approx(base + (whole - base) * (1 - 2880 / 3800))
+    lines = dry_run(recipe(), "runs")
+    assert any(line.endswith("from step 2,880 of 3,800 on") for line in lines)
+    assert not any("is not reached" in line for line in lines)
+    said = "warning: objective.start: 3040 is not reached in 2000 steps: the student has no discriminator"
+    assert said in [line.strip() for line in dry_run(recipe("trainer.steps=2000"), "runs")]
+
+
+@pytest.mark.parametrize("patch", [3, 16])
+def test_patches_that_do_not_divide_the_samples_are_named(patch):
+    settings = f"teacher.guidance={{kind: classifier_free, rescale_patch: {patch}}}"
+    with pytest.raises(RecipeError, match=f"guidance.rescale_patch: patches of {patch} x {patch} do not divide"):
+        dry_run(read_recipe("digits", [settings]), "runs")
 
 
 def test_a_backward_pass_is_two_forward_passes_and_one_where_the_weights_are_frozen():

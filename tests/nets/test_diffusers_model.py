@@ -266,6 +266,9 @@ def test_pipelines_of_before_the_class_was_split_are_loaded(family, schedule, tm
     spec, loaded = load_pretrained(str(pipe))
     assert spec.network == type(net).__name__ == type(loaded.model).__name__
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), net.parameters(), strict=True))
+    (pipe / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_pretrained(str(pipe))
 
 
 def test_a_discriminator_finds_the_blocks_of_every_network():

@@ -51,7 +51,7 @@ def test_the_better_direction_of_what_was_asked_for():
 def test_a_sweep_over_sentences_finds_the_share_of_tags():
     found = of(["seed=1,2", "log.wandb=true"], "language/wordnet-tags", metric="tag_hit")["metric"]
     assert found["name"].startswith("metrics/tag_hit/") and found["goal"] == "maximize"
-    for name in ("part_of_speech_hit", "length_within"):  # by the recipe's attributes
+    for name in ("part_of_speech_hit", "length_within", "phrase_hit", "phrase_hit_even"):  # by the recipe's attributes
         found = of(["seed=1,2", "log.wandb=true"], "language/wordnet", metric=name)["metric"]
         assert found["name"].startswith(f"metrics/{name}/") and found["goal"] == "maximize"
 
