@@ -22,7 +22,7 @@ demo: .venv/ready   ## the main job: digits teacher -> 1/2/4-step student -> sam
 	$(BIN)/flowmap fit --recipe digits --resume
 	$(BIN)/flowmap sample --student runs/digits/student --steps 1 2 4 --num 64 --out runs/digits/drawn
 
-test: .venv/ready   ## the tests (six to seven minutes on two cores); COVERAGE=1 prints what they cover
+test: .venv/ready   ## the tests (about six minutes on two cores); COVERAGE=1 prints what they cover
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov=flowmap --cov-report=term)
 
 test-slow: .venv/ready  ## the long tests as well
