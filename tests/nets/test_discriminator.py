@@ -141,12 +141,14 @@ def test_other_networks_have_blocks_too(spec, shape):
     assert float(squared_gradient(net(x), x).detach().min()) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd3", "flux", "sd", "dit"])
+OF_DIFFUSERS = "sd3 flux sd dit pixart sana qwen flux2 hunyuan_image lumina2 z_image aura_flow".split()
+
+
+@pytest.mark.parametrize("family", OF_DIFFUSERS)
 def test_so_have_those_of_diffusers(family):
-    tiny_nets = pytest.importorskip("tiny_nets")
     from flowmap.flow.clock import FlowClock
     from flowmap.nets.diffusers_model import DiffusersNet
+    from tests.support import tiny_nets
 
     torch.manual_seed(0)
     model = tiny_nets.with_random_weights(getattr(tiny_nets, family)(), scale=0.2)

@@ -127,8 +127,10 @@ def test_a_discriminator_that_starts_later_takes_no_part_before(run):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path):
+@pytest.mark.parametrize("start", ["start: 2", "start: 6\n  discriminator_start: 5"], ids=["early", "after the kill"])
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_left_alone(path, tmp_path, start):
     """The discriminator and both optimisers among it, bit by bit."""
+    path.write_text(ADVERSARIAL.replace("start: 2", start))
     assert in_process(path, tmp_path / "whole") == 0
     assert in_process(path, tmp_path / "killed", {"kind": "rename", "count": 7}) == -signal.SIGKILL
     assert checkpoint(tmp_path / "killed")["global_step"] == 3, "resumed from within the run"
