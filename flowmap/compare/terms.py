@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flowmap.base.files import read_json
 from flowmap.data import Pairs, TeacherSamples
-from flowmap.estimate.calls import calls_of, late_share, sampling_calls
+from flowmap.estimate.calls import calls_of
 from flowmap.plan.plan import Needed, Pairing, Sampling, Stage, plan, resolve
 from flowmap.prepare.make_pairs import Maker
 from flowmap.recipe import Recipe
@@ -54,9 +54,8 @@ class Terms:
 
 def evaluations_of(recipe: Recipe) -> float:
     """Network evaluations of one optimizer step, in the mean of a run, with the teacher's calls."""
-    calls, (drawn, kept) = calls_of(recipe, conditional=recipe.data.conditional), sampling_calls(recipe)
-    early = (1 - late_share(recipe)) * (drawn + 2 * kept)  # before a late discriminator no samples are drawn
-    return samples_of(recipe) * (calls.forward + 2 * calls.backward + calls.strong + calls.weak - early)
+    calls = calls_of(recipe, conditional=recipe.data.conditional)
+    return samples_of(recipe) * (calls.forward + 2 * calls.backward + calls.strong + calls.weak)
 
 
 def samples_of(recipe: Recipe) -> int:

@@ -76,7 +76,7 @@ def calls_of(recipe: Recipe, *, conditional: bool) -> Calls:
 
 
 def late_share(recipe: Recipe) -> float:
-    """The share of a run's steps with a discriminator and the samples for it, which a late one leaves out before."""
+    """The share of a run's steps in which its discriminator takes part; 1 without a late one."""
     begins = recipe.objective.discriminator_start if isinstance(recipe.objective, Adversarial) else 0
     return 1 - min(begins / recipe.trainer.steps, 1)
 
@@ -84,11 +84,12 @@ def late_share(recipe: Recipe) -> float:
 def sampling_calls(recipe: Recipe) -> tuple[float, float]:
     """Return forward and backward passes for the samples that a discriminator, a reward and a fake score need.
 
-    The passes of the fake score are among them; the result is the mean over the numbers of steps.
+    The passes of the fake score are among them; the result is the mean over the numbers of steps, and over the steps
+    of a run whose discriminator starts late.
     """
     forward = backward = 0.0
     if (drawing := drawn_by(recipe.objective)) is not None:
-        forward, backward = drawing.sampling_calls
+        forward, backward = (late_share(recipe) * calls for calls in drawing.sampling_calls)
     matching = recipe.objective.matching
     if matching is not None:
         forwards, backwards = matching.sampling_calls

@@ -24,7 +24,7 @@ from flowmap.estimate.price import Prices, preparation_lines, price_lines
 from flowmap.estimate.smaller import Peaks, smaller_lines
 from flowmap.flow.prior import Learned
 from flowmap.objectives import Adversarial
-from flowmap.plan.guidance import start_warnings
+from flowmap.objectives.adversarial import start_warnings
 from flowmap.plan.named_networks import missing_weights
 from flowmap.plan.pictures import check_pictures, describe_pictures
 from flowmap.plan.plan import Encoding, Needed, Pairing, ResolvedRun, Stage, resolve
@@ -203,7 +203,7 @@ def _lines(run: ResolvedRun, config: StudentConfig, prices: Prices | None, memor
         begins = getattr(run.recipe.objective, "discriminator_start", 0)
         each += f"; from step {begins:,} of {run.recipe.trainer.steps:,} on" if begins else ""
         lines.append(f"discriminator: {counted(costs.discriminator)}; {each}")
-        lines += [f"warning: {line}" for line in start_warnings(run.recipe)]
+        lines += [f"warning: {line}" for line in start_warnings(run.recipe.objective, run.recipe.trainer.steps)]
     if costs.fake is not None:
         steps = run.recipe.objective.matching.term.fake_steps
         lines.append(f"fake score: {counted(costs.fake)}, {steps} steps of its own for each of the student's")
@@ -219,27 +219,24 @@ def _step(run: ResolvedRun, config: StudentConfig, costs: NetworkCosts, prices: 
     recipe, judge = run.recipe, costs.discriminator
     calls = calls_of(recipe, conditional=bool(config.num_classes or config.text))
     each = _step_flops(calls, costs.student, [cost for _, cost in costs.teachers])
-    each += judge.flops if judge is not None else 0
-    early = (1 - late_share(recipe)) * omitted_flops(recipe, costs)
+    each += late_share(recipe) * judge.flops if judge is not None else 0
     samples = recipe.batches.samples
     asked = [f"{calls.forward:.3g} forward", f"{calls.backward:.3g} backward"]
     asked += [f"{calls.strong + calls.weak:.3g} of the teacher's"] if costs.teachers else []
     passes = f"passes {', '.join(asked)}; {_flops(costs.student.flops)} a forward pass of one"
     lines = [f"a step: {_flops(each * samples)} for {samples} samples: {passes}"]
     if prices is not None and recipe.trainer.accelerator != "cpu" and recipe.artifact == "student":
-        hours = (each - early) * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
+        hours = each * samples * recipe.trainer.steps / (prices.throughput * 1e12) / 3600
         if hours >= WORTH_PRICING:
             lines += prices.new(preparation_lines(run, config, prices))
-            lines += price_lines(
-                run, config, costs.student.trained, prices, late_share(recipe) * omitted_flops(recipe, costs)
-            )
+            lines += price_lines(run, config, costs.student.trained, prices, omitted_flops(recipe, costs))
     return lines
 
 
 def omitted_flops(recipe: Recipe, costs: NetworkCosts) -> float:
     """Return the FLOPs of a sample in a step that `step_of` omits: samples that are drawn, and a discriminator's."""
     drawn, kept = sampling_calls(recipe)
-    judge = costs.discriminator.flops if costs.discriminator is not None else 0
+    judge = late_share(recipe) * costs.discriminator.flops if costs.discriminator is not None else 0
     return drawn * costs.student.flops + kept * costs.student.backward_flops + judge
 
 

@@ -23,7 +23,7 @@ from flowmap.flow.solver import Euler
 from flowmap.flow.tangent.compiled import uncompiled
 from flowmap.flow.types import Cond
 from flowmap.plan.cards import card_of
-from flowmap.plan.guidance import guidance_warnings, start_warnings
+from flowmap.plan.guidance import guidance_warnings
 from flowmap.recipe import Recipe
 from flowmap.teachers.limited import Limited
 
@@ -116,8 +116,7 @@ def check_teacher(
     if teacher is None:
         return {}
     found = look(recipe, teacher, data, device=device, prior=prior, compare=compare)
-    warnings = (*found.warnings, *guidance_warnings(recipe), *start_warnings(recipe))
-    for line in (found.line(), *(f"warning: {line}" for line in warnings)):
+    for line in (found.line(), *(f"warning: {line}" for line in (*found.warnings, *guidance_warnings(recipe)))):
         if log is not None:
             log(line)
     return found.logs()

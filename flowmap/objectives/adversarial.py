@@ -145,6 +145,13 @@ def pairing_loss(higher: Tensor, lower: Tensor) -> Tensor:
     return F.softplus(lower - higher)
 
 
+def start_warnings(objective: Objective, steps: int) -> list[str]:
+    """A warning if a run of that many steps ends before its discriminator trains the student."""
+    if not isinstance(objective, Adversarial) or objective.start < steps:
+        return []
+    return [f"objective.start: {objective.start} is not reached in {steps} steps: the student has no discriminator"]
+
+
 def discriminator_loss(
     scores: Scores,
     real: Tensor,

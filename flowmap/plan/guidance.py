@@ -12,7 +12,6 @@ from flowmap.data.images.folder import Folder, FolderImages
 from flowmap.data.outline import DataOutline
 from flowmap.data.tensors import Tensors
 from flowmap.nets.diffusers_model import DiffusersModel
-from flowmap.objectives import Adversarial
 from flowmap.plan.cards import card_of, pairs_teacher
 from flowmap.plan.named_networks import spec_of
 from flowmap.plan.resolved import Resolved
@@ -82,14 +81,6 @@ def guidance_warnings(recipe: Recipe) -> list[str]:
         for key, slot in _slots(recipe)
         if isinstance(slot.guidance, ClassifierFree) and (card := card_of(slot)).kind == "converted"
     ]
-
-
-def start_warnings(recipe: Recipe) -> list[str]:
-    """Return a warning if the run ends before its discriminator trains the student."""
-    objective, steps = recipe.objective, recipe.trainer.steps
-    if not isinstance(objective, Adversarial) or objective.start < steps:
-        return []
-    return [f"objective.start: {objective.start} is not reached in {steps} steps: the student has no discriminator"]
 
 
 def _slots(recipe: Recipe) -> Iterator[tuple[str, TeacherSlot]]:

@@ -102,10 +102,11 @@ class Autoencoder:
             if (folder / "config.json").is_file():
                 config = _read(folder / "config.json")
                 name = str(config.get("_class_name"))
+                if not name.startswith("Autoencoder"):
+                    continue
                 if name not in FRAMES and VIDEOS & set(config):
                     raise ValueError(self._of_videos(name))
-                if name.startswith("Autoencoder"):
-                    return folder, config
+                return folder, config
         what = "is no diffusers autoencoder: no config.json there names an Autoencoder class"
         raise ValueError(f"autoencoder.source: {self.source!r} {what}")
 

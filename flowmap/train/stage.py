@@ -35,6 +35,7 @@ from flowmap.flow.tangent.compiled import Way
 from flowmap.nets.flow_map import FlowMapNet, mismatch
 from flowmap.nets.lora import TEACHER_LORA
 from flowmap.nets.lora_file import copy_lora
+from flowmap.objectives.adversarial import start_warnings
 from flowmap.plan.plan import Stage
 from flowmap.plan.run_folders import stamp
 from flowmap.recipe import Recipe
@@ -111,6 +112,8 @@ def run_stage(
     start = _resumed_step(folder, built.module, again=again, log=log) if resume and not overwrite else 0
     checked: dict[str, float] = {}
     if not start and not is_child():
+        for line in start_warnings(recipe.objective, recipe.trainer.steps):
+            log(f"warning: {line}")
         device = device_of(recipe)
         check_prediction(recipe, built.teacher, built.data, device=device, log=log)
         checked = check_teacher(recipe, built.teacher, built.data, device=device, prior=built.prior, log=log)

@@ -157,6 +157,10 @@ def test_a_late_discriminator_costs_as_often_as_it_is_there_and_one_that_never_i
         asked("objective.discriminator_start=3040", "trainer.steps=1"),
     )
     assert asked() == pytest.approx(base + (whole - base) * (1 - 2880 / 3800))
+    matched = "objective.base={kind: joint, base: {kind: ayf_emd}, term: {kind: self_fake}}"  # in every step
+    assert asked(matched) - asked() > 1 and asked(matched) - asked() == pytest.approx(
+        asked(matched, "objective.discriminator_start=0") - whole
+    )
     lines = dry_run(recipe(), "runs")
     assert any(line.endswith("from step 2,880 of 3,800 on") for line in lines)
     assert not any("is not reached" in line for line in lines)
